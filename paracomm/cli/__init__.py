@@ -1,0 +1,1 @@
+"""The command line: `paracomm` or `python -m paracomm`."""
