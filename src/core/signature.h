@@ -1,0 +1,36 @@
+// What a rank is doing, small enough to travel with every message.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/dtype.h"
+
+namespace paracomm {
+
+enum class Collective : uint8_t {
+  all_reduce, reduce, broadcast, all_gather, reduce_scatter, all_to_all, gather, scatter, barrier, send, recv, custom
+};
+const char* name_of(Collective collective) noexcept;
+
+/// Equal on all ranks of a collective, or the call is a mismatch.
+struct Signature {
+  uint32_t sequence = 0;  ///< number of the operation on its communicator
+  uint32_t schedule = 0;  ///< fingerprint of the schedule
+  uint64_t count = 0;     ///< elements (for uneven collectives: a fingerprint of all counts)
+  Collective collective = Collective::custom;
+  DType dtype = DType::uint8;
+  ReduceOp op = ReduceOp::sum;
+  uint8_t reserved = 0;
+  int32_t root = -1;
+
+  friend bool operator==(const Signature&, const Signature&) = default;
+};
+static_assert(sizeof(Signature) == 24);
+
+/// "all_reduce #812 (float32 x 1024, sum)".
+std::string describe(const Signature& signature);
+/// "dtype float32 here, int32 there; ...": what differs.
+std::string difference(const Signature& here, const Signature& there);
+
+}  // namespace paracomm
