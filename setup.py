@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class BuildExtension(build_ext):
-    """Configures and builds in build/python-*, which later builds reuse, then installs the one file where it belongs."""
+    """Configures and builds in build/python-*, which later builds reuse, then installs the one file that it made."""
 
     def build_extension(self, ext: Extension) -> None:
         build_dir = ROOT / "build" / f"python-{sys.implementation.cache_tag}"
@@ -23,7 +23,7 @@ class BuildExtension(build_ext):
         configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), f"-DPython_EXECUTABLE={sys.executable}"]
         configure += ["-DPARACOMM_PYTHON=ON", "-DPARACOMM_TESTS=OFF", f"-DCMAKE_BUILD_TYPE={build_type(self.debug)}"]
         configure += [f"-Dpybind11_DIR={pybind11_dir()}", *os.environ.get("CMAKE_ARGS", "").split()]
-        # Under build isolation cmake, ninja and pybind11 live in another folder each time, so a kept cache names old ones.
+        # Under build isolation cmake, ninja and pybind11 live in another folder each time; a kept cache names old ones.
         if ninja := shutil.which("ninja"):
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         forget_other_generator(build_dir, "Ninja" if ninja else "Unix Makefiles")
@@ -34,7 +34,7 @@ class BuildExtension(build_ext):
 
 
 class BuildPython(build_py):
-    """Drops what an earlier build left in build/lib*, so that a wheel holds no module that the sources no longer have."""
+    """Drops what an earlier build left in build/lib*, so that a wheel holds no module that the sources have lost."""
 
     def run(self) -> None:
         if not self.editable_mode:

@@ -1,0 +1,97 @@
+# Everything from a fresh clone: `make train`, `make test`. Needs g++ (C++20), make and Python >= 3.10 with venv and headers;
+# cmake, ninja and the rest are installed into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+RANKS ?= 2
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+TRAIN_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+# One thread a rank: ranks that share cores are slowed by a thread pool each.
+export OMP_NUM_THREADS ?= 1
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+PY := $(VENV)/bin/python
+CPP_BUILD := -G Ninja -DPARACOMM_PYTHON=OFF -DPARACOMM_TESTS=ON -DPARACOMM_WERROR=ON
+CTEST := ctest --output-on-failure --no-tests=error
+# setarch -R: the thread sanitizer of older compilers cannot place its shadow under high-entropy address randomisation.
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+native_sources := CMakeLists.txt setup.py pyproject.toml paracomm/version.py \
+  $(shell find src csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+cpp_files = $(shell find src csrc tests/cpp bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+python_files := paracomm tests bench setup.py
+
+.PHONY: help build train test test-cpp test-python slow bench wheel sanitize lint format clean
+help:
+	@echo 'make train | test | bench | wheel | sanitize | lint | format | build | slow | clean   (RANKS, TRAIN_ARGS, ...)'
+
+# --- environment: a stamp a step, so that a second run starts at once ---
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than Python 3.10; run make PYTHON=/path/to/a/newer/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.train: requirements/train.txt $(VENV)/.created
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/train.txt
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.train
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.built: $(native_sources) $(VENV)/.train
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+build: $(VENV)/.built
+
+# --- what people come for ---
+train: $(VENV)/.built
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m paracomm train $(TRAIN_ARGS)
+
+test: test-cpp test-python
+
+test-cpp: $(VENV)/.dev
+	cmake -S . -B build/cpp $(CPP_BUILD) --log-level=WARNING
+	cmake --build build/cpp --parallel $(JOBS)
+	$(CTEST) --test-dir build/cpp
+
+test-python: $(VENV)/.dev $(VENV)/.built
+	$(PY) -m pytest -q $(TEST_ARGS)
+
+slow: $(VENV)/.dev $(VENV)/.built
+	$(PY) -m pytest -q -m slow $(TEST_ARGS)
+
+bench: $(VENV)/.built
+	$(PY) -m paracomm bench all_reduce --ranks $(RANKS) --sizes 8:64M --memory private,arena \
+	  --vs gloo,impi,mpich,openmpi,floor $(BENCH_ARGS)
+
+wheel: $(VENV)/.dev
+	$(PY) -m build --wheel --outdir dist .
+
+sanitize: $(VENV)/.dev
+	cmake -S . -B build/asan $(CPP_BUILD) -DPARACOMM_SANITIZE=address -DCMAKE_BUILD_TYPE=RelWithDebInfo --log-level=WARNING
+	cmake --build build/asan --parallel $(JOBS)
+	ASAN_OPTIONS=detect_stack_use_after_return=1 $(CTEST) --test-dir build/asan --timeout 300
+	cmake -S . -B build/tsan $(CPP_BUILD) -DPARACOMM_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo --log-level=WARNING
+	cmake --build build/tsan --parallel $(JOBS)
+	TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $(FIXED_ADDRESSES) $(CTEST) --test-dir build/tsan --timeout 300
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check $(python_files)
+	$(VENV)/bin/ruff format --check $(python_files)
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(cpp_files)
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix $(python_files)
+	$(VENV)/bin/ruff format $(python_files)
+	$(VENV)/bin/clang-format -i $(cpp_files)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built
+	find paracomm -name '_C*.so' -delete
+	find paracomm tests bench -name __pycache__ -prune -exec rm -rf {} +
