@@ -1,0 +1,123 @@
+"""The algorithms by name. Tests, benchmarks and the tuner walk this table, so a registration is all that a new one needs.
+
+    @algorithm("broadcast", "star", steps=lambda n: min(1, n - 1), volume=lambda n: n - 1)
+    def star(s):
+        for peer in range(s.world_size):
+            if peer != s.root:
+                s.copy(s.at(s.root), s.at(peer))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from ..errors import InvalidArgument
+from .schedule import COLLECTIVES, Schedule
+
+Author = Callable[..., None]
+Formula = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A registered algorithm.
+
+    Attributes:
+        chunks: (world_size, **params) -> chunks of the schedule.
+        steps: (world_size, **params) -> transfers on the longest chain, or None if not known.
+        volume: (world_size, **params) -> the most that any rank sends, as a fraction of the size S of the data buffer
+            (of the input for all_to_all), or None.
+    """
+
+    collective: str
+    name: str
+    author: Author
+    chunks: Formula
+    steps: Formula | None
+    volume: Formula | None
+
+    def build(self, world_size: int, root: int | None = None, sink: type[Schedule] = Schedule, **params: Any) -> Schedule:
+        schedule = sink(self.collective, world_size, self.chunks(world_size, **params), root, self.name)
+        self.author(schedule, **params)
+        return schedule
+
+
+_registry: dict[str, dict[str, Algorithm]] = {collective: {} for collective in COLLECTIVES}
+
+
+def algorithm(
+    collective: str,
+    name: str,
+    *,
+    chunks: int | Formula = 1,
+    steps: Formula | None = None,
+    volume: Formula | None = None,
+) -> Callable[[Author], Author]:
+    """Register a function (schedule, **params) -> None that writes an algorithm.
+
+    Args:
+        collective: what it computes.
+        name: how callers ask for it. Registering a name again replaces it.
+        chunks: chunks of data, or a function (world_size, **params) -> chunks. Collectives made of blocks need a multiple
+            of world_size.
+        steps, volume: the documented cost, see `Algorithm`; tests hold the schedule to it.
+
+    Raises:
+        InvalidArgument: no such collective.
+    """
+    if collective not in COLLECTIVES:
+        raise InvalidArgument(f"unknown collective {collective!r}: expected one of {', '.join(COLLECTIVES)}")
+    count = chunks if callable(chunks) else lambda world_size, **params: chunks
+
+    def register(author: Author) -> Author:
+        _registry[collective][name] = Algorithm(collective, name, author, count, steps, volume)
+        _build.cache_clear()
+        return author
+
+    return register
+
+
+def algorithms(collective: str) -> tuple[str, ...]:
+    """Names of the algorithms of a collective."""
+    if collective not in _registry:
+        raise InvalidArgument(f"unknown collective {collective!r}: expected one of {', '.join(COLLECTIVES)}")
+    return tuple(_registry[collective])
+
+
+def get(collective: str, name: str) -> Algorithm:
+    """The algorithm of that name.
+
+    Raises:
+        InvalidArgument: no such collective or algorithm.
+    """
+    known = algorithms(collective)
+    if name not in known:
+        raise InvalidArgument(f"{collective} has no algorithm {name!r}: expected one of {', '.join(known)}")
+    return _registry[collective][name]
+
+
+def build(collective: str, name: str, world_size: int, root: int | None = None, **params: Any) -> Schedule:
+    """The schedule of an algorithm; equal arguments give the same, frozen object.
+
+    Raises:
+        InvalidArgument: no such algorithm, world size, root or parameter.
+    """
+    get(collective, name)
+    frozen = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in params.items()))
+    return _build(collective, name, world_size, root, frozen)
+
+
+@lru_cache(maxsize=256)
+def _build(collective: str, name: str, world_size: int, root: int | None, params: tuple[tuple[str, Any], ...]) -> Schedule:
+    try:
+        return get(collective, name).build(world_size, root, **dict(params)).freeze()
+    except TypeError as error:
+        raise InvalidArgument(f"{collective} [{name}] does not take {dict(params)}: {error}") from error
+
+
+def share(numerator: int, denominator: int) -> Fraction:
+    return Fraction(numerator, denominator)
