@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 PY := $(VENV)/bin/python
-CPP_BUILD := -G Ninja -DPARACOMM_PYTHON=OFF -DPARACOMM_TESTS=ON -DPARACOMM_WERROR=ON
+CPP_BUILD := -G Ninja -DPARACOMM_PYTHON=OFF -DPARACOMM_TESTS=ON --log-level=WARNING
 CTEST := ctest --output-on-failure --no-tests=error
 # setarch -R: the thread sanitizer of older compilers cannot place its shadow under high-entropy address randomisation.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
@@ -55,7 +55,7 @@ train: $(VENV)/.built
 test: test-cpp test-python
 
 test-cpp: $(VENV)/.dev
-	cmake -S . -B build/cpp $(CPP_BUILD) --log-level=WARNING
+	cmake -S . -B build/cpp $(CPP_BUILD) -DPARACOMM_WERROR=ON
 	cmake --build build/cpp --parallel $(JOBS)
 	$(CTEST) --test-dir build/cpp
 
@@ -73,10 +73,10 @@ wheel: $(VENV)/.dev
 	$(PY) -m build --wheel --outdir dist .
 
 sanitize: $(VENV)/.dev
-	cmake -S . -B build/asan $(CPP_BUILD) -DPARACOMM_SANITIZE=address -DCMAKE_BUILD_TYPE=RelWithDebInfo --log-level=WARNING
+	cmake -S . -B build/asan $(CPP_BUILD) -DPARACOMM_SANITIZE=address -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/asan --parallel $(JOBS)
 	ASAN_OPTIONS=detect_stack_use_after_return=1 $(CTEST) --test-dir build/asan --timeout 300
-	cmake -S . -B build/tsan $(CPP_BUILD) -DPARACOMM_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo --log-level=WARNING
+	cmake -S . -B build/tsan $(CPP_BUILD) -DPARACOMM_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/tsan --parallel $(JOBS)
 	TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $(FIXED_ADDRESSES) $(CTEST) --test-dir build/tsan --timeout 300
 
