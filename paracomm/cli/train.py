@@ -1,0 +1,137 @@
+"""`paracomm train`: a byte-level GPT, trained data-parallel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paracomm.errors import Error
+
+if TYPE_CHECKING:
+    from paracomm.train.check import Agreement
+    from paracomm.train.config import TrainConfig
+
+
+def train(
+    width: Annotated[int, typer.Option(help="Width of the model; a multiple of --heads.")] = 192,
+    depth: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 6,
+    context: Annotated[int, typer.Option(help="Longest sequence, in bytes.")] = 128,
+    dropout: Annotated[float, typer.Option(help="Dropout in the blocks.")] = 0.0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 600,
+    batch: Annotated[int, typer.Option(help="Sequences a step, over all ranks.")] = 24,
+    accumulate: Annotated[int, typer.Option(help="Backward passes a step on each rank.")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 50,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's decay of matrices.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Decides weights, data order and dropout.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    data: Annotated[
+        Path | None, typer.Option(help="A text file or a folder of them; default: Python's own sources.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the run.")] = "gpt",
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    log_every: Annotated[int, typer.Option(help="Steps between metrics.")] = 10,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out files.")] = 200,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    bucket_mib: Annotated[float, typer.Option(help="Size of a gradient bucket, MiB.")] = 4.0,
+    reducer: Annotated[str, typer.Option(help="paracomm, or ddp for torch DDP.")] = "paracomm",
+    backend: Annotated[str, typer.Option(help="torch.distributed backend of --reducer ddp.")] = "gloo",
+    prompt: Annotated[str, typer.Option(help="Start of the sample.")] = "def ",
+    sample_bytes: Annotated[int, typer.Option(help="Length of the sample.")] = 400,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare a few steps with the same model in one process instead.")
+    ] = False,
+    check_steps: Annotated[int, typer.Option(help="Steps of --check.")] = 5,
+) -> None:
+    """Train a byte-level GPT data-parallel, by default on the Python standard library's own sources.
+
+    One process by itself, or several: torchrun --nproc-per-node 2 -m paracomm train
+    """
+    try:
+        from paracomm.models.gpt import GPTConfig
+        from paracomm.train.config import TrainConfig
+    except ModuleNotFoundError as error:
+        typer.echo(f"train needs {error.name}: pip install 'paracomm[train]'", err=True)
+        raise typer.Exit(2) from error
+    try:
+        config = TrainConfig(
+            model=GPTConfig(width=width, depth=depth, heads=heads, context=context, dropout=dropout),
+            steps=steps,
+            batch=batch,
+            accumulate=accumulate,
+            lr=lr,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            seed=seed,
+            dtype=dtype,
+            data=data,
+            name=name,
+            runs=runs,
+            log_every=log_every,
+            eval_every=eval_every,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            bucket_mib=bucket_mib,
+            reducer=reducer,
+            backend=backend,
+            prompt=prompt,
+            sample_bytes=sample_bytes,
+        )
+        agreed = _check(config, check_steps) if check else _train(config)
+    except Error as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if not agreed:
+        raise typer.Exit(1)
+
+
+def _train(config: TrainConfig) -> bool:
+    from paracomm.train.loop import train as run
+
+    run(config)
+    return True
+
+
+def _check(config: TrainConfig, steps: int) -> bool:
+    import os
+
+    from paracomm.train.check import check as compare
+
+    rows = compare(config, steps)
+    agreed = bool(rows) and all(row.ok for row in rows)
+    if os.environ.get("RANK", "0") == "0":
+        _print_agreement(rows, agreed)
+    return agreed
+
+
+def _print_agreement(rows: list[Agreement], agreed: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from paracomm.train.check import TOLERANCE
+
+    table = Table(title="data-parallel against one process, relative errors")
+    for column in ("dtype", "step", "loss", "error", "gradient error", "limit", "worst in", "ranks hold", ""):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(
+            row.dtype,
+            str(row.step),
+            f"{row.loss:.4f}",
+            f"{row.loss_error:.0e}",
+            f"{row.gradient_error:.0e}",
+            f"{TOLERANCE[row.dtype]:.0e}",
+            row.worst_parameter.removesuffix(".weight"),
+            "same bits" if row.identical_ranks else "DIFFERENT BITS",
+            "ok" if row.ok else "FAIL",
+        )
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
+    console.print("losses and gradients agree" if agreed else "losses or gradients DISAGREE")

@@ -1,0 +1,80 @@
+"""Everything that decides a training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paracomm.errors import InvalidArgument
+from paracomm.models.gpt import GPTConfig
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+REDUCERS = ("paracomm", "ddp")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `batch` is the global batch in sequences; ranks and accumulation split it evenly."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    steps: int = 600
+    batch: int = 24
+    accumulate: int = 1
+    lr: float = 2e-3
+    warmup: int = 50
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    data: Path | None = None
+    name: str = "gpt"
+    runs: Path = Path("runs")
+    log_every: int = 10
+    eval_every: int = 200
+    eval_windows: int = 192
+    checkpoint_every: int = 200
+    resume: bool = False
+    bucket_mib: float = 4.0
+    reducer: str = "paracomm"
+    backend: str = "gloo"
+    prompt: str = "def "
+    sample_bytes: int = 400
+
+    def __post_init__(self) -> None:
+        least_one = ("steps", "batch", "accumulate", "log_every", "eval_every", "eval_windows", "checkpoint_every")
+        for name in least_one:
+            if getattr(self, name) < 1:
+                raise InvalidArgument(f"train: {name} is {getattr(self, name)}, expected at least 1")
+        for name in ("lr", "clip", "bucket_mib"):
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(f"train: {name} is {getattr(self, name)}, expected more than 0")
+        if self.dtype not in DTYPES:
+            raise InvalidArgument(f"train: dtype is '{self.dtype}', expected one of {', '.join(DTYPES)}")
+        if self.reducer not in REDUCERS:
+            raise InvalidArgument(f"train: reducer is '{self.reducer}', expected one of {', '.join(REDUCERS)}")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise InvalidArgument(f"train: name is '{self.name}', expected a plain folder name")
+        if not self.prompt:
+            raise InvalidArgument("train: the prompt is empty, expected at least one byte")
+
+    @property
+    def folder(self) -> Path:
+        """Where metrics and checkpoints of this run lie."""
+        return self.runs / self.name
+
+    def share(self, world_size: int) -> int:
+        """Sequences that one rank sees in one backward pass."""
+        parts = world_size * self.accumulate
+        if self.batch % parts:
+            raise InvalidArgument(
+                f"train: a batch of {self.batch} sequences does not divide by {world_size} ranks x "
+                f"{self.accumulate} accumulation steps"
+            )
+        return self.batch // parts
+
+    def described(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}

@@ -1,0 +1,154 @@
+"""Text as bytes, and batches that depend on seed, step and rank only.
+
+The corpus is by default the text of the Python standard library's own sources, which every machine has. Some files are
+held out whole, so that evaluation never sees a neighbour of what was trained on.
+
+The global batch of a step is a function of (seed, step). Rank r of n takes rows [r * B/n, (r + 1) * B/n): n ranks
+together see what one process sees, and a resumed run goes on where it stopped with nothing to save but the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paracomm.errors import InvalidArgument
+
+MAX_BYTES = 16 << 20
+HELD_OUT_ONE_IN = 20
+SEPARATOR = b"\n\n"
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "pydoc_data", "encodings"}
+)
+"""Of the standard library: what is not its own source, or is tables rather than text."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`train` and `held_out` are uint8 [bytes]; `files` counts those in each; `digest` names the contents."""
+
+    train: Tensor
+    held_out: Tensor
+    files: tuple[int, int]
+    source: str
+    digest: str
+
+    def unigram_bits(self) -> float:
+        """Bits a byte on the held-out text of a model that only knows how often each byte occurs in training."""
+        counts = torch.bincount(self.train.long(), minlength=256).double() + 1
+        held_out = torch.bincount(self.held_out.long(), minlength=256).double()
+        bits = -(counts / counts.sum()).log2()
+        return float((held_out * bits).sum() / held_out.sum())
+
+
+def load_corpus(path: Path | None = None, max_bytes: int = MAX_BYTES) -> Corpus:
+    """The standard library's sources, or the text under `path` (a file or a folder), at most `max_bytes` of it.
+
+    Raises InvalidArgument if `path` does not exist or holds too little text.
+    """
+    if path is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = _standard_library(root)
+    elif path.is_file():
+        return _split_one(path, max_bytes)
+    elif path.is_dir():
+        root = path
+        files = sorted(file for file in root.rglob("*") if file.is_file())
+    else:
+        raise InvalidArgument(f"train: no file or folder at '{path}'")
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    total = 0
+    for file in files:
+        text = _text(file)
+        if not text:
+            continue
+        if total + len(text) > max_bytes:
+            break
+        total += len(text)
+        parts[_is_held_out(file.relative_to(root))].append(text)
+    if path is not None and not parts[1] and len(parts[0]) > 1:
+        parts[1].append(parts[0].pop())
+    return _corpus(*parts, source=str(root))
+
+
+def _standard_library(root: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in root.rglob("*.py")
+        if SKIPPED_FOLDERS.isdisjoint(file.relative_to(root).parts) and file.is_file()
+    )
+
+
+def _text(file: Path) -> bytes:
+    """The file's bytes, or none if it cannot be read or is not text."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return b""
+    return b"" if b"\0" in data[:8192] else data
+
+
+def _is_held_out(relative: Path) -> bool:
+    return hashlib.sha256(relative.as_posix().encode()).digest()[0] * HELD_OUT_ONE_IN < 256
+
+
+def _split_one(path: Path, max_bytes: int) -> Corpus:
+    with path.open("rb") as file:
+        data = file.read(max_bytes)
+    cut = len(data) - len(data) // HELD_OUT_ONE_IN
+    return _corpus([data[:cut]], [data[cut:]], source=str(path))
+
+
+def _corpus(train: list[bytes], held_out: list[bytes], source: str) -> Corpus:
+    texts = SEPARATOR.join(train), SEPARATOR.join(held_out)
+    if not all(texts):
+        raise InvalidArgument(
+            f"train: '{source}' has {len(texts[0])} bytes to train on, {len(texts[1])} held out, expected some of each"
+        )
+    digest = hashlib.sha256(b"%d %s%s" % (len(texts[0]), *texts)).hexdigest()
+    tensors = [torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy()) for text in texts]
+    return Corpus(tensors[0], tensors[1], (len(train), len(held_out)), source, digest)
+
+
+def batch(
+    text: Tensor, context: int, sequences: int, *, seed: int, step: int, rank: int = 0, world_size: int = 1
+) -> tuple[Tensor, Tensor]:
+    """This rank's inputs and targets, int64 [sequences / world_size, context], of the global batch of `step`.
+
+    Raises InvalidArgument if the batch does not divide or the text is shorter than one sequence.
+    """
+    if sequences % world_size:
+        raise InvalidArgument(f"train: a batch of {sequences} sequences does not divide by {world_size} ranks")
+    _expect_length(text, context)
+    starts = np.random.Generator(np.random.PCG64([seed, step])).integers(0, len(text) - context, size=sequences)
+    share = sequences // world_size
+    return _windows(text, context, starts[rank * share : (rank + 1) * share])
+
+
+def evaluation_batches(
+    text: Tensor, context: int, windows: int, sequences: int, *, rank: int = 0, world_size: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """This rank's part of up to `windows` windows spread evenly over `text`, in batches of at most `sequences`."""
+    _expect_length(text, context)
+    last = len(text) - context - 1
+    windows = min(windows, last // context + 1)
+    starts = np.array([math.floor(i * last / max(windows - 1, 1)) for i in range(windows)])[rank::world_size]
+    return [_windows(text, context, starts[i : i + sequences]) for i in range(0, len(starts), sequences)]
+
+
+def _expect_length(text: Tensor, context: int) -> None:
+    if len(text) <= context:
+        raise InvalidArgument(f"train: {len(text)} bytes of text, expected more than the context of {context}")
+
+
+def _windows(text: Tensor, context: int, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+    indices = torch.from_numpy(starts).view(-1, 1) + torch.arange(context + 1)
+    window = text[indices].long()
+    return window[:, :-1], window[:, 1:]
