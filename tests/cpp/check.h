@@ -27,6 +27,12 @@ std::string show(const T& value) {
   }
 }
 
+template <class Actual, class Expected>
+void check_equal(const char* file, int line, const char* what, const Actual& actual, const Expected& expected) {
+  if (actual == expected) return;
+  fail(file, line, std::string(what) + ": " + show(actual) + " is not " + show(expected));
+}
+
 }  // namespace paracomm_test
 
 #define CHECK(condition)                                                                  \
@@ -34,15 +40,8 @@ std::string show(const T& value) {
     if (!(condition)) ::paracomm_test::fail(__FILE__, __LINE__, "CHECK(" #condition ")"); \
   } while (0)
 
-#define CHECK_EQ(actual, expected)                                                                           \
-  do {                                                                                                       \
-    const auto& check_actual = (actual);                                                                     \
-    const auto& check_expected = (expected);                                                                 \
-    if (!(check_actual == check_expected))                                                                   \
-      ::paracomm_test::fail(__FILE__, __LINE__,                                                              \
-                            "CHECK_EQ(" #actual ", " #expected "): " + ::paracomm_test::show(check_actual) + \
-                                " is not " + ::paracomm_test::show(check_expected));                         \
-  } while (0)
+#define CHECK_EQ(actual, expected) \
+  ::paracomm_test::check_equal(__FILE__, __LINE__, "CHECK_EQ(" #actual ", " #expected ")", actual, expected)
 
 /// The expression throws paracomm::Error of this kind, and its message contains `fragment`.
 #define CHECK_THROWS(expression, error_kind, fragment)                                                      \
