@@ -11,10 +11,10 @@
 namespace paracomm {
 
 struct ListenerOptions {
-  std::string
-      interface;  ///< name ("eth0") or own IP address; empty: the one with the route to `master_address`, else loopback
-  std::string master_address;  ///< host name or IP address of rank 0
-  std::string host_id;         ///< empty: found out. Ranks with different ones talk TCP, even on one machine
+  /// A name ("eth0") or an own IP address; empty: the one with the route to `master_address`, else loopback.
+  std::string interface = "";
+  std::string master_address = "";  ///< host name or IP address of rank 0
+  std::string host_id = "";         ///< empty: found out. Ranks with different ones talk TCP, even on one machine
   int backlog = 1024;
   double stranger_timeout_s = 2.0;  ///< a connection that has not proved itself by then is dropped
   int max_strangers = 256;          ///< connections that have not proved themselves; beyond it the oldest makes room
