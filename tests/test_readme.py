@@ -1,6 +1,6 @@
 """Runs what the README shows.
 
-A block that starts with ```python runnable is run as a script, one with ```python runnable ranks=N by torchrun on N ranks.
+A block that starts with ```python runnable is run as a script, and with ranks=N after that by torchrun on N ranks.
 Commands are checked to exist: every `make` target, every `paracomm` subcommand with its options.
 """
 
