@@ -4,7 +4,8 @@ from . import algorithms as _families  # registers them; below, `algorithms` bec
 from .program import Program, project, project_all
 from .registry import algorithm, algorithms, build, get
 from .schedule import COLLECTIVES, Ref, Schedule
+from .verify import verify
 
 del _families
 
-__all__ = ["COLLECTIVES", "Program", "Ref", "Schedule", "algorithm", "algorithms", "build", "get", "project", "project_all"]
+__all__ = ["COLLECTIVES", "Program", "Ref", "Schedule", "algorithm", "algorithms", "build", "get", "project", "project_all", "verify"]

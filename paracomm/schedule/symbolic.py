@@ -1,9 +1,9 @@
 """Execution of a schedule on expressions instead of numbers.
 
 A chunk's value is a leaf (the input of one rank) or a reduction of values in a fixed order. Equal expressions have equal
-numbers, so "the same bits on every rank" is a comparison of two ints. Reduces into one region in a row collect operands;
-the reduction is made, and rounds, when the region is next read. The first two operands commute, because addition,
-rounded once, does.
+numbers, so "the same bits on every rank" is a comparison of two ints. Reduces into exactly the same region in a row collect
+operands; the reduction is made, and rounds, when the region is next read or another region that overlaps it is reduced
+into. The first two operands commute, because addition, rounded once, does.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import NoReturn
 import numpy as np
 
 from ..errors import ScheduleError
-from .collectives import Meaning, meaning_of
-from .order import Cells, cells_of
-from .schedule import DST_BUFFER, FIRST_SCRATCH, KIND, REDUCE, SPAN, SRC_BUFFER, SRC_CHUNK, SRC_RANK, Schedule
+from .collectives import meaning_of
+from .order import Cells, cells_of, order_of
+from .schedule import DST_BUFFER, FIRST_SCRATCH, KIND, REDUCE, SPAN, SRC_BUFFER, Schedule
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def _run(schedule: Schedule) -> Values:
     everyone = (1 << schedule.world_size) - 1
     nodes: dict[tuple[int, ...], int] = {}
     open_run: list[list[int] | None] = [None] * cells.count
+    run_node, node = [-1] * cells.count, order_of(schedule).node
     last_write = [-1] * cells.count
     needed = bytearray(len(ops))
     complete, sizes, wasted = [False] * len(ops), [0] * len(ops), []
@@ -135,6 +136,9 @@ def _run(schedule: Schedule) -> Values:
             if size[b] != z:
                 fault(schedule, _size_message(schedule, cells, a, b, size), i)
             run = open_run[b]
+            if run is not None and run_node[b] != node[i]:
+                close(b)
+                run = None
             if run is None:
                 y = value[b]
                 if y < 0:
@@ -142,6 +146,7 @@ def _run(schedule: Schedule) -> Values:
                 if topic[y] != topic[x] or topic[x] < 0:
                     fault(schedule, f"{cells.name(schedule, b)} mixes different chunks, or is not to be reduced", i)
                 open_run[b] = run = [y]
+                run_node[b] = node[i]
                 held[b] = mask[y]
                 if last_write[b] >= 0:
                     needed[last_write[b]] = 1
@@ -179,8 +184,6 @@ def _run(schedule: Schedule) -> Values:
 
 def _runs_need_all(schedule: Schedule, needed: bytearray) -> None:
     """All operands of a reduction are needed if the reduction is."""
-    from .order import order_of
-
     node = order_of(schedule).node
     used = {k for k, flag in zip(node, needed, strict=True) if flag}
     for i, k in enumerate(node):
@@ -214,6 +217,3 @@ def _check_packing(schedule: Schedule, cells: Cells) -> None:
                     begin[c] = first
                 elif begin[c] != first:
                     fault(schedule, f"{cells.name(schedule, first)}: scratch must be used in the spans it was filled in", i)
-
-
-__all__ = ["Meaning", "Values", "describe_expression", "fault", "values_of", "SRC_CHUNK", "SRC_RANK"]

@@ -1,5 +1,7 @@
 """One file a family; importing this package registers them all."""
 
-from . import direct, one_shot, ring
+from . import bruck, chain, direct, dissemination, double_tree, doubling, hierarchical, one_shot, ring, tree
 
-__all__ = ["direct", "one_shot", "ring"]
+__all__ = [
+    "bruck", "chain", "direct", "dissemination", "double_tree", "doubling", "hierarchical", "one_shot", "ring", "tree",
+]  # fmt: skip
