@@ -8,4 +8,16 @@ from .verify import verify
 
 del _families
 
-__all__ = ["COLLECTIVES", "Program", "Ref", "Schedule", "algorithm", "algorithms", "build", "get", "project", "project_all", "verify"]
+__all__ = [
+    "COLLECTIVES",
+    "Program",
+    "Ref",
+    "Schedule",
+    "algorithm",
+    "algorithms",
+    "build",
+    "get",
+    "project",
+    "project_all",
+    "verify",
+]

@@ -32,7 +32,7 @@ def meaning_of(schedule: Schedule) -> Meaning:
     own, at_root = rank == block, rank == schedule.root
     defined = {"broadcast": at_root, "scatter": at_root, "all_gather": own, "gather": own}.get(name, everywhere)
     required = {"reduce": at_root, "gather": at_root, "scatter": own, "reduce_scatter": own}.get(name, everywhere)
-    holder = block if name in ("all_gather", "gather") else np.full_like(rank, schedule.root or 0)
+    holder = block if name in ("all_gather", "gather") else np.full_like(rank, max(schedule.root, 0))
     return Meaning(defined, required, holder * chunks + chunk, chunk, name in REDUCING)
 
 

@@ -17,8 +17,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from .schedule import (
-    DATA, DST_BUFFER, DST_CHUNK, DST_RANK, FIRST_SCRATCH, INPUT, KIND, OUTPUT, REDUCE, SPAN, SRC_BUFFER, SRC_CHUNK,
-    SRC_RANK, Schedule,
+    DATA,
+    DST_BUFFER,
+    DST_CHUNK,
+    DST_RANK,
+    FIRST_SCRATCH,
+    INPUT,
+    KIND,
+    OUTPUT,
+    REDUCE,
+    SPAN,
+    SRC_BUFFER,
+    SRC_CHUNK,
+    SRC_RANK,
+    Schedule,
 )  # fmt: skip
 
 

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InvalidArgument
 from .order import cells_of, order_of
 from .schedule import (
-    DST_BUFFER, DST_CHUNK, DST_RANK, FIRST_SCRATCH, KIND, REDUCE, SPAN, SRC_BUFFER, SRC_CHUNK, SRC_RANK, IntArray,
+    DST_BUFFER,
+    DST_CHUNK,
+    DST_RANK,
+    FIRST_SCRATCH,
+    KIND,
+    REDUCE,
+    SPAN,
+    SRC_BUFFER,
+    SRC_CHUNK,
+    SRC_RANK,
+    IntArray,
     Schedule,
 )  # fmt: skip
-from .symbolic import values_of
+from .symbolic import fault, values_of
+
+AnyArray = NDArray[Any]
 
 SEND, RECV, REDUCE_OP, COPY_OP = range(4)
 KIND_NAMES = ("send", "recv", "reduce", "copy")
@@ -33,8 +48,8 @@ class Program:
     Attributes:
         ops: int32 [n_ops, 12], columns `OP_COLUMNS`, in the order (level, place in the schedule). A send's destination
             is the region at the peer, a recv's source the one at the peer. A reduce across ranks is a recv into scratch
-            and the reduce after it. size_chunk is the chunk of data (for all_to_all of input for what this rank sends, of
-            output for what it receives) whose size the first chunk of the operation has.
+            and the reduce after it. size_chunk is the chunk of data (for all_to_all of input for what this rank sends,
+            of output for what it receives) whose size the first chunk of the operation has.
         scratch_chunks: chunks of scratch that the rank uses, each of the size of the largest chunk of data.
         volume: the most chunks that any rank sends.
         index: int32 [n_ops], the place in the schedule that each operation comes from.
@@ -92,11 +107,11 @@ def _project_all(schedule: Schedule) -> list[Program]:
     return [
         Program(schedule.name, schedule.collective, r, n, schedule.chunks, int(scratch[r]), int(sent.max()),
                 schedule.fingerprint, rows[lo:hi], index[lo:hi])
-        for r, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for r, (lo, hi) in enumerate(pairwise(bounds.tolist()))
     ]  # fmt: skip
 
 
-def _expand(schedule: Schedule) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+def _expand(schedule: Schedule) -> tuple[IntArray, IntArray, IntArray, AnyArray]:
     """Every rank's operations, unsorted: rows, owner, place in the schedule; and each rank's chunks of scratch.
 
     Rows of one place keep the order recv, reduce under a stable sort.
@@ -123,7 +138,9 @@ def _expand(schedule: Schedule) -> tuple[IntArray, IntArray, IntArray, IntArray]
     nothing = np.zeros(len(ops), np.int32)
     final = np.array(values.complete, np.int32)
 
-    def rows(kind: int, pick: IntArray, source: IntArray, target: IntArray, peer: IntArray, *rest: IntArray) -> IntArray:
+    def rows(
+        kind: int, pick: AnyArray, source: AnyArray, target: AnyArray, peer: AnyArray, *rest: AnyArray
+    ) -> IntArray:
         kinds = np.full(len(ops), kind)
         return np.column_stack([kinds, source, target, peer, level, *rest])[pick].astype(np.int32)
 
@@ -141,7 +158,7 @@ def _expand(schedule: Schedule) -> tuple[IntArray, IntArray, IntArray, IntArray]
             np.concatenate([where[p[2]] for p in parts]), scratch)  # fmt: skip
 
 
-def _number_scratch(schedule: Schedule) -> tuple[IntArray, IntArray, IntArray]:
+def _number_scratch(schedule: Schedule) -> tuple[AnyArray, AnyArray, AnyArray]:
     """Chunk numbers with each rank's named scratch buffers laid one after the other, unused chunks left out."""
     ops, cells = schedule.ops, cells_of(schedule)
     count = np.zeros(schedule.world_size, np.int64)
@@ -164,7 +181,7 @@ def _number_scratch(schedule: Schedule) -> tuple[IntArray, IntArray, IntArray]:
             np.where(dst >= cells.user, number[dst], ops[:, DST_CHUNK]), count)  # fmt: skip
 
 
-def _size_chunks(schedule: Schedule, size: IntArray) -> tuple[IntArray, IntArray]:
+def _size_chunks(schedule: Schedule, size: AnyArray) -> tuple[AnyArray, AnyArray]:
     """The size number of each operation in the terms of its source's and its destination's rank."""
     if schedule.collective != "all_to_all":
         return size, size
@@ -175,7 +192,5 @@ def _size_chunks(schedule: Schedule, size: IntArray) -> tuple[IntArray, IntArray
     ops = schedule.ops
     foreign = (sender != ops[:, SRC_RANK]) | (receiver != ops[:, DST_RANK])
     if foreign.any():
-        from .symbolic import fault
-
-        fault(schedule, "all_to_all blocks must go straight from their sender to their receiver", int(np.argmax(foreign)))
+        fault(schedule, "all_to_all blocks must go straight from sender to receiver", int(np.argmax(foreign)))
     return block, at_receiver

@@ -1,10 +1,10 @@
-"""The algorithms by name. Tests, benchmarks and the tuner walk this table, so a registration is all that a new one needs.
+"""The algorithms by name. Tests, benchmarks and the tuner walk this table: registering is all that a new one needs.
 
-    @algorithm("broadcast", "star", steps=lambda n: min(1, n - 1), volume=lambda n: n - 1)
-    def star(s):
-        for peer in range(s.world_size):
-            if peer != s.root:
-                s.copy(s.at(s.root), s.at(peer))
+@algorithm("broadcast", "star", steps=lambda n: min(1, n - 1), volume=lambda n: n - 1)
+def star(s):
+    for peer in range(s.world_size):
+        if peer != s.root:
+            s.copy(s.at(s.root), s.at(peer))
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .schedule import COLLECTIVES, Schedule
 
 Author = Callable[..., None]
 Formula = Callable[..., Any]
+Items = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Algorithm:
     steps: Formula | None
     volume: Formula | None
 
-    def build(self, world_size: int, root: int | None = None, sink: type[Schedule] = Schedule, **params: Any) -> Schedule:
-        schedule = sink(self.collective, world_size, self.chunks(world_size, **params), root, self.name)
+    def build(self, world_size: int, root: int | None = None, **params: Any) -> Schedule:
+        schedule = Schedule(self.collective, world_size, self.chunks(world_size, **params), root, self.name)
         self.author(schedule, **params)
         return schedule
 
@@ -62,8 +63,8 @@ def algorithm(
     Args:
         collective: what it computes.
         name: how callers ask for it. Registering a name again replaces it.
-        chunks: chunks of data, or a function (world_size, **params) -> chunks. Collectives made of blocks need a multiple
-            of world_size.
+        chunks: chunks of data, or a function (world_size, **params) -> chunks. Collectives made of blocks need a
+            multiple of world_size.
         steps, volume: the documented cost, see `Algorithm`; tests hold the schedule to it.
 
     Raises:
@@ -112,7 +113,7 @@ def build(collective: str, name: str, world_size: int, root: int | None = None, 
 
 
 @lru_cache(maxsize=256)
-def _build(collective: str, name: str, world_size: int, root: int | None, params: tuple[tuple[str, Any], ...]) -> Schedule:
+def _build(collective: str, name: str, world_size: int, root: int | None, params: Items) -> Schedule:
     try:
         return get(collective, name).build(world_size, root, **dict(params)).freeze()
     except TypeError as error:

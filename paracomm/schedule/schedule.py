@@ -41,7 +41,7 @@ KIND, SRC_RANK, SRC_BUFFER, SRC_CHUNK, DST_RANK, DST_BUFFER, DST_CHUNK, SPAN = r
 
 
 class Ref(NamedTuple):
-    """`span` consecutive chunks of a rank's buffer, from `chunk` on; rank and chunk may be arrays (one entry an operation)."""
+    """`span` chunks of a rank's buffer, from `chunk` on; rank and chunk may be arrays (one entry an operation)."""
 
     rank: Index
     buffer: str
@@ -85,7 +85,7 @@ class Schedule:
         self.collective = collective
         self.world_size = world_size
         self.chunks = chunks
-        self.root = root
+        self.root = -1 if root is None else root
         self.name = name
         self.buffers: list[str] = ["data", "input", "output"]
         self.ranks: NDArray[np.int64] = np.arange(world_size)
@@ -126,7 +126,7 @@ class Schedule:
 
     def replaced(self, ops: IntArray) -> Schedule:
         """The same header over other operations (for mutants and transformations)."""
-        other = Schedule(self.collective, self.world_size, self.chunks, self.root, self.name)
+        other = Schedule(self.collective, self.world_size, self.chunks, None if self.root < 0 else self.root, self.name)
         other.buffers = list(self.buffers)
         other._buffer_ids = dict(self._buffer_ids)
         other._ops = np.ascontiguousarray(ops, dtype=np.int32)
@@ -159,7 +159,7 @@ class Schedule:
         """The whole schedule as stable text, one operation a line, with its level: what the golden files hold."""
         from .order import order_of
 
-        root = "" if self.root is None else f" root={self.root}"
+        root = "" if self.root < 0 else f" root={self.root}"
         head = f"{self.collective} {self.name} world_size={self.world_size} chunks={self.chunks}{root}\n"
         levels = order_of(self).level
         return head + "".join(f"{lv:3d}  {self.op_text(op)}\n" for lv, op in zip(levels, self.ops, strict=True))
@@ -174,7 +174,8 @@ class Schedule:
         return len(self.ops)
 
     def __repr__(self) -> str:
-        return f"<Schedule {self.collective} {self.name}: {self.world_size} ranks, {self.chunks} chunks, {len(self)} ops>"
+        size = f"{self.world_size} ranks, {self.chunks} chunks, {len(self)} ops"
+        return f"<Schedule {self.collective} {self.name}: {size}>"
 
     def buffer_id(self, name: str) -> int:
         """The number of a buffer; a new scratch name gets the next one."""
@@ -204,7 +205,7 @@ class Schedule:
 
     def _check(self, batch: IntArray) -> None:
         n = self.world_size
-        bad = (batch[:, SPAN] < 1)
+        bad = batch[:, SPAN] < 1
         for rank, buffer, chunk in ((SRC_RANK, SRC_BUFFER, SRC_CHUNK), (DST_RANK, DST_BUFFER, DST_CHUNK)):
             bad |= (batch[:, rank] < 0) | (batch[:, rank] >= n) | (batch[:, chunk] < 0)
             bad |= (batch[:, buffer] < FIRST_SCRATCH) & (batch[:, chunk] + batch[:, SPAN] > self.chunks)

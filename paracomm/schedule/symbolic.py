@@ -1,9 +1,9 @@
 """Execution of a schedule on expressions instead of numbers.
 
-A chunk's value is a leaf (the input of one rank) or a reduction of values in a fixed order. Equal expressions have equal
-numbers, so "the same bits on every rank" is a comparison of two ints. Reduces into exactly the same region in a row collect
-operands; the reduction is made, and rounds, when the region is next read or another region that overlaps it is reduced
-into. The first two operands commute, because addition, rounded once, does.
+A chunk's value is a leaf (the input of one rank) or a reduction of values in a fixed order. Equal expressions have
+equal numbers, so "the same bits on every rank" is a comparison of two ints. Reduces into exactly the same region in a
+row collect operands; the reduction is made, and rounds, when the region is next read or another region that overlaps it
+is reduced into. The first two operands commute, because addition, rounded once, does.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _size_message(schedule: Schedule, cells: Cells, a: int, b: int, size: list[i
 
 
 def _check_packing(schedule: Schedule, cells: Cells) -> None:
-    """Chunks of uneven sizes lie side by side in scratch as they were copied in: later spans must begin where that did."""
+    """Chunks of uneven sizes lie in scratch as they were copied in: later spans must begin where that one did."""
     ops = schedule.ops
     if not len(ops) or ops[:, SPAN].max() == 1 or max(ops[:, [SRC_BUFFER, DST_BUFFER]].max(), 0) < FIRST_SCRATCH:
         return
@@ -216,4 +216,4 @@ def _check_packing(schedule: Schedule, cells: Cells) -> None:
                 if not read:
                     begin[c] = first
                 elif begin[c] != first:
-                    fault(schedule, f"{cells.name(schedule, first)}: scratch must be used in the spans it was filled in", i)
+                    fault(schedule, f"{cells.name(schedule, first)} must be used in the spans it was filled in", i)

@@ -42,5 +42,3 @@ def _entry(schedule: Schedule, op: list[int]) -> str:
     sign = "" if kind == COPY else "+"
     there = "" if (db, dc) == (sb, sc) else "." + region(db, dc)
     return f"{region(sb, sc)}>{sign}{dr}{there}" if sr != dr else f"{region(db, dc)}{sign}={region(sb, sc)}"
-
-

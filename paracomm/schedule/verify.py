@@ -1,11 +1,12 @@
 """Proof that a schedule does what its collective means, on every interleaving that the executor may take.
 
-1. Values: executed on expressions in the order of the list (`symbolic.py`), every contribution enters exactly once, nothing
-   undefined is read, results are where the collective wants them, and replicas hold the same expression, so the same bits.
+1. Values: executed on expressions in the order of the list (`symbolic.py`), every contribution enters exactly once,
+   nothing undefined is read, results are where the collective wants them, and replicas hold the same expression, so the
+   same bits.
 2. Nothing is wasted: no operation that changes nothing or that no result needs.
-3. Order: in each rank's program every pair of accesses to a chunk, one of them a write, is in the order of the list, and
-   an early write's sender has proof that the chunk is free. All memory of a rank is touched by its own program or by early
-   writes, so that this is happens-before for all conflicts: no race.
+3. Order: in each rank's program every pair of accesses to a chunk, one of them a write, is in the order of the list,
+   and an early write's sender has proof that the chunk is free. All memory of a rank is touched by its own program or
+   by early writes, so that this is happens-before for all conflicts: no race.
 4. Deadlock: messages of a pair leave and arrive in the same order, no level holds more than half of the FIFO, and a
    replay in which every rank runs strictly in order, with that FIFO, comes to an end.
 """
@@ -20,8 +21,22 @@ from numpy.typing import NDArray
 from .collectives import meaning_of
 from .order import cells_of, order_of
 from .program import (
-    COPY_OP, OP_DST_BUFFER, OP_DST_CHUNK, OP_DST_SPAN, OP_EARLY_WRITE, OP_KIND, OP_PEER, OP_SRC_BUFFER, OP_SRC_CHUNK,
-    OP_SRC_SPAN, RECV, REDUCE_OP, SCRATCH, SEND, Program, project_all,
+    COPY_OP,
+    OP_DST_BUFFER,
+    OP_DST_CHUNK,
+    OP_DST_SPAN,
+    OP_EARLY_WRITE,
+    OP_KIND,
+    OP_PEER,
+    OP_SRC_BUFFER,
+    OP_SRC_CHUNK,
+    OP_SRC_SPAN,
+    RECV,
+    REDUCE_OP,
+    SCRATCH,
+    SEND,
+    Program,
+    project_all,
 )  # fmt: skip
 from .schedule import DST_RANK, SRC_RANK, Schedule
 from .symbolic import describe_expression, fault, values_of
@@ -116,7 +131,7 @@ def check_order(schedule: Schedule, programs: list[Program]) -> None:
     partner = np.where((kind == SEND) | early, rows[:, OP_PEER], len(programs))
     moment = 2 * index + ((kind == REDUCE_OP) | (kind == COPY_OP))
     parts = []
-    for picks, buffer, chunk, span, writes in (
+    for picks, buffer, chunk, span, writing in (
         (kind != RECV, OP_SRC_BUFFER, OP_SRC_CHUNK, OP_SRC_SPAN, False),
         (kind != SEND, OP_DST_BUFFER, OP_DST_CHUNK, OP_DST_SPAN, True),
     ):
@@ -125,7 +140,7 @@ def check_order(schedule: Schedule, programs: list[Program]) -> None:
         offset = np.arange(int(spans.sum())) - np.repeat(np.cumsum(spans) - spans, spans)
         which = np.repeat(which, spans)
         wide = int(rows[:, [OP_SRC_CHUNK, OP_DST_CHUNK]].max()) + int(spans.max(initial=0)) + 1
-        parts.append((which, rows[which, buffer], rows[which, chunk] + offset, np.full(len(which), writes), wide))
+        parts.append((which, rows[which, buffer], rows[which, chunk] + offset, np.full(len(which), writing), wide))
     wide = max(p[4] for p in parts)
     which = np.concatenate([p[0] for p in parts])
     cell = (owner[which] * (SCRATCH + 1) + np.concatenate([p[1] for p in parts])) * wide
@@ -226,7 +241,9 @@ def replay(schedule: Schedule, programs: list[Program], fifo_depth: int = FIFO_D
                     break
                 found = arrived.popleft()
                 if found != index:
-                    fault(schedule, f"rank {rank} expects the message of operation {index} and gets that of {found}", index)
+                    fault(
+                        schedule, f"rank {rank} expects the message of operation {index}, gets that of {found}", index
+                    )
             if peer in waiting:
                 waiting.discard(peer)
                 ready.append(peer)

@@ -1,7 +1,7 @@
 """Bruck: all-gather, and its mirror image reduce-scatter, in ceil(log2 n) steps for every n.
 
-After the step of distance d, rank r holds the blocks r to r+2d-1 (mod n). all_gather, 3 ranks, "b>p" meaning "sends block b
-to rank p":
+After the step of distance d, rank r holds the blocks r to r+2d-1 (mod n). all_gather, 3 ranks, "b>p" meaning "sends
+block b to rank p":
 
     step     rank 0     rank 1     rank 2
     1 (d=1)  0>2        1>0        2>1

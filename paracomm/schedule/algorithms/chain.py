@@ -9,8 +9,9 @@ to v+1" (reduce is the mirror image, from the end of the chain to the root):
     3        2>      1>
     4                2>
 
-Longest chain n-1 transfers; n-2+pieces steps of S/pieces bytes if a rank sends one message at a time; each rank sends S.
-Source: Traeff, Ripke, Siebert, Balaji, Thakur and Gropp, A pipelined algorithm for large, irregular all-gather, 2010.
+Longest chain n-1 transfers; n-2+pieces steps of S/pieces bytes if a rank sends one message at a time; each rank sends
+S. Source: Traeff, Ripke, Siebert, Balaji, Thakur and Gropp, A pipelined algorithm for large, irregular all-gather,
+2010.
 """
 
 from __future__ import annotations

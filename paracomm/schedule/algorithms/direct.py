@@ -1,8 +1,8 @@
 """Direct: every rank talks to every other one, in one step (two for all_reduce).
 
 Rank c owns chunk c: everybody sends it there, the owner reduces all contributions in one pass and, in all_reduce, sends
-the result back. Rank r begins with peer r+1, so that no peer is everybody's first. 3 ranks, "c>p" meaning "sends chunk c
-to rank p":
+the result back. Rank r begins with peer r+1, so that no peer is everybody's first. 3 ranks, "c>p" meaning "sends chunk
+c to rank p":
 
     step     rank 0     rank 1     rank 2
     1 (+)    1>1 2>2    2>2 0>0    0>0 1>1

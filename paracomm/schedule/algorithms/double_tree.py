@@ -1,8 +1,8 @@
 """Double binary tree: two trees carry half of the data each, and no rank is an inner node of both.
 
 Places 1..n form the in-order binary tree: the parent of a place whose lowest bit is b is the place b further or b
-nearer, whichever is an odd multiple of 2b (further up if that lies beyond n). The odd places are leaves. Rank r has place
-r+1 in the first tree and place r (rank 0: n) in the second, so that leaves and inner nodes change roles. 4 ranks:
+nearer, whichever is an odd multiple of 2b (further up if that lies beyond n). The odd places are leaves. Rank r has
+place r+1 in the first tree and place r (rank 0: n) in the second, so that leaves and inner nodes change roles. 4 ranks:
 
     first tree      3              second tree    0
                     |                             |

@@ -11,8 +11,8 @@ recursive_doubling: partners exchange everything and both add. 4 ranks, for shor
 
 log2 p steps, S log2 p bytes sent by each rank.
 
-halving_doubling (Rabenseifner): a reduce-scatter in which partners exchange the half that the other one keeps, at halving
-distances, then an all-gather at doubling distances. 4 ranks, 4 chunks:
+halving_doubling (Rabenseifner): a reduce-scatter in which partners exchange the half that the other one keeps, at
+halving distances, then an all-gather at doubling distances. 4 ranks, 4 chunks:
 
     step     rank 0     rank 1     rank 2     rank 3
     1 (+)    2,3>2      2,3>3      0,1>0      0,1>1

@@ -10,9 +10,9 @@ between hosts. With h hosts a slice is cut into h chunks. 2 hosts (ranks 0 1 | 2
     4 (=)    A>1        B>0        A>3        B>2        inside: direct all-gather
 
 2(h-1) steps between hosts ("ring"; 2 for "direct") and one before and after if a host has several ranks. A host sends
-2S(h-1)/h bytes to other hosts, the least that is possible. Hosts may hold different numbers of ranks: slices then are as
-many as the numbers' least common multiple, or the largest number where that gets out of hand (the work is then uneven,
-the bytes between hosts are not).
+2S(h-1)/h bytes to other hosts, the least that is possible. Hosts may hold different numbers of ranks: slices then are
+as many as the numbers' least common multiple, or the largest number where that gets out of hand (the work is then
+uneven, the bytes between hosts are not).
 Source: Cho, Finkler, Kung and Hunter, BlueConnect: decomposing all-reduce for deep learning, 2019.
 """
 
@@ -35,7 +35,8 @@ def groups(n: int, hosts: Hosts = None, ranks_per_host: int | None = None) -> li
 
     Args:
         hosts: the host of every rank; names or numbers.
-        ranks_per_host: instead of hosts: ranks 0 to ranks_per_host-1 on the first host, and so on (2 if neither is given).
+        ranks_per_host: instead of hosts: ranks 0 to ranks_per_host-1 on the first host, and so on (2 if neither is
+        given).
     """
     if hosts is not None and ranks_per_host is not None:
         raise InvalidArgument("hosts and ranks_per_host exclude each other")

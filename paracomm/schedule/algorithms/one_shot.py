@@ -1,7 +1,7 @@
 """One-shot: every rank sends all of its data to every other one, and each reduces all inputs by itself.
 
-One step, for data so small that a step costs more than the bytes. All ranks add in the order of ranks, x0 + x1 + ..., through
-an accumulator, so that all hold the same bits. 3 ranks:
+One step, for data so small that a step costs more than the bytes. All ranks add in the order of ranks, x0 + x1 + ...,
+through an accumulator, so that all hold the same bits. 3 ranks:
 
     step     rank 0           rank 1           rank 2
     1        all>1 all>2      all>2 all>0      all>0 all>1

@@ -1,8 +1,8 @@
 """Ring: every rank talks to its right neighbour only, and all links are busy all the time.
 
 The data is cut into n chunks. In the reduce-scatter, chunk c starts at rank c+1 and travels right, gathering one more
-contribution at every hop, until it is complete at rank c. In the all-gather it travels on, unchanged. 3 ranks, reduce-scatter
-then all-gather, "c>" meaning "sends chunk c to the right":
+contribution at every hop, until it is complete at rank c. In the all-gather it travels on, unchanged. 3 ranks,
+reduce-scatter then all-gather, "c>" meaning "sends chunk c to the right":
 
     step     rank 0   rank 1   rank 2
     1 (+)      2>       0>       1>
@@ -36,7 +36,9 @@ def all_gather(s: Schedule) -> None:
         s.copy(s.at(rank, chunk), s.at((rank + 1) % n, chunk))
 
 
-@algorithm("all_reduce", "ring", chunks=lambda n: n, steps=lambda n: 2 * (n - 1), volume=lambda n: share(2 * (n - 1), n))
+@algorithm(
+    "all_reduce", "ring", chunks=lambda n: n, steps=lambda n: 2 * (n - 1), volume=lambda n: share(2 * (n - 1), n)
+)
 def all_reduce(s: Schedule) -> None:
     reduce_scatter(s)
     all_gather(s)

@@ -1,8 +1,8 @@
 """Binomial trees: the ranks that have the data double at every step.
 
-Ranks are numbered from the root, v = (rank - root) mod n. The subtree of v + d under v, for d a power of two that v is a
-multiple of 2d of, holds v+d to v+2d-1. broadcast, 4 ranks (reduce and gather are its mirror image, scatter sends down the
-blocks of the subtree only):
+Ranks are numbered from the root, v = (rank - root) mod n. The subtree of v + d under v, for d a power of two that v is
+a multiple of 2d of, holds v+d to v+2d-1. broadcast, 4 ranks (reduce and gather are its mirror image, scatter sends down
+the blocks of the subtree only):
 
     step     v=0     v=1     v=2     v=3
     1        >2
@@ -69,7 +69,7 @@ def reduce(s: Schedule) -> None:
 
 @algorithm("gather", "binomial", chunks=lambda n: n, steps=floor_log2, volume=largest_subtree)
 def gather(s: Schedule) -> None:
-    n, root = s.world_size, s.root or 0
+    n, root = s.world_size, s.root
     for d, parents in reversed(list(hops(s))):
         for v in parents.tolist():
             for chunk, span in blocks(v + d + root, min(d, n - v - d), n):
@@ -78,7 +78,7 @@ def gather(s: Schedule) -> None:
 
 @algorithm("scatter", "binomial", chunks=lambda n: n, steps=floor_log2, volume=lambda n: share(n - 1, n))
 def scatter(s: Schedule) -> None:
-    n, root = s.world_size, s.root or 0
+    n, root = s.world_size, s.root
     for d, parents in hops(s):
         for v in parents.tolist():
             for chunk, span in blocks(v + d + root, min(d, n - v - d), n):
