@@ -51,7 +51,10 @@ class Program:
             and the reduce after it. size_chunk is the chunk of data (for all_to_all of input for what this rank sends,
             of output for what it receives) whose size the first chunk of the operation has.
         scratch_chunks: chunks of scratch that the rank uses, each of the size of the largest chunk of data.
+        root: -1 if the collective has none.
         volume: the most chunks that any rank sends.
+        levels: the highest level of any operation of any rank.
+        pair_depth: the most chunks that one rank sends to one other at one level.
         index: int32 [n_ops], the place in the schedule that each operation comes from.
     """
 
@@ -59,9 +62,12 @@ class Program:
     collective: str
     rank: int
     world_size: int
+    root: int
     chunks: int
     scratch_chunks: int
     volume: int
+    levels: int
+    pair_depth: int
     fingerprint: int
     ops: IntArray
     index: IntArray
@@ -103,12 +109,29 @@ def _project_all(schedule: Schedule) -> list[Program]:
     rows, index = rows[by_rank], index[by_rank]
     bounds = np.searchsorted(owner[by_rank], np.arange(n + 1))
     crossing = ops[:, SRC_RANK] != ops[:, DST_RANK]
+    level = np.array(order_of(schedule).level, np.int64)
     sent = np.bincount(ops[crossing, SRC_RANK], weights=ops[crossing, SPAN], minlength=n)
+    pair = ops[crossing, SRC_RANK].astype(np.int64) * n + ops[crossing, DST_RANK]
+    _, group = np.unique(pair * (level.max(initial=0) + 1) + level[crossing], return_inverse=True)
+    depth = np.bincount(group, weights=ops[crossing, SPAN]).max(initial=0)
     return [
-        Program(schedule.name, schedule.collective, r, n, schedule.chunks, int(scratch[r]), int(sent.max()),
-                schedule.fingerprint, rows[lo:hi], index[lo:hi])
+        Program(
+            name=schedule.name,
+            collective=schedule.collective,
+            rank=r,
+            world_size=n,
+            root=schedule.root,
+            chunks=schedule.chunks,
+            scratch_chunks=int(scratch[r]),
+            volume=int(sent.max()),
+            levels=int(level.max(initial=0)),
+            pair_depth=int(depth),
+            fingerprint=schedule.fingerprint,
+            ops=rows[lo:hi],
+            index=index[lo:hi],
+        )
         for r, (lo, hi) in enumerate(pairwise(bounds.tolist()))
-    ]  # fmt: skip
+    ]
 
 
 def _expand(schedule: Schedule) -> tuple[IntArray, IntArray, IntArray, AnyArray]:
