@@ -56,26 +56,34 @@ def load_corpus(path: Path | None = None, max_bytes: int = MAX_BYTES) -> Corpus:
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = _standard_library(root)
-    elif path.is_file():
-        return _split_one(path, max_bytes)
     elif path.is_dir():
         root = path
         files = sorted(file for file in root.rglob("*") if file.is_file())
+    elif path.is_file():
+        root, files = path.parent, [path]
     else:
         raise InvalidArgument(f"train: no file or folder at '{path}'")
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
-    total = 0
+    texts: dict[str, bytes] = {}
+    room = max_bytes
     for file in files:
-        text = _text(file)
-        if not text:
-            continue
-        if total + len(text) > max_bytes:
-            break
-        total += len(text)
-        parts[_is_held_out(file.relative_to(root))].append(text)
-    if path is not None and not parts[1] and len(parts[0]) > 1:
-        parts[1].append(parts[0].pop())
-    return _corpus(*parts, source=str(root))
+        if room and (text := _text(file, room)):
+            texts[file.relative_to(root).as_posix()] = text
+            room -= len(text)
+    return _corpus(*_split(texts), source=str(path or root))
+
+
+def _split(texts: dict[str, bytes]) -> tuple[list[bytes], list[bytes]]:
+    """One file in twenty is held out, whichever come first by the hash of their names; of a single file, its end."""
+    if len(texts) == 1:
+        (text,) = texts.values()
+        cut = len(text) - len(text) // HELD_OUT_ONE_IN
+        return [text[:cut]], [text[cut:]]
+    by_hash = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
+    held_out = set(by_hash[: max(1, len(texts) // HELD_OUT_ONE_IN)])
+    return (
+        [text for name, text in texts.items() if name not in held_out],
+        [text for name, text in texts.items() if name in held_out],
+    )
 
 
 def _standard_library(root: Path) -> list[Path]:
@@ -86,24 +94,14 @@ def _standard_library(root: Path) -> list[Path]:
     )
 
 
-def _text(file: Path) -> bytes:
-    """The file's bytes, or none if it cannot be read or is not text."""
+def _text(file: Path, limit: int) -> bytes:
+    """The file's first `limit` bytes; none if it cannot be read or is not text."""
     try:
-        data = file.read_bytes()
+        with file.open("rb") as opened:
+            data = opened.read(limit)
     except OSError:
         return b""
     return b"" if b"\0" in data[:8192] else data
-
-
-def _is_held_out(relative: Path) -> bool:
-    return hashlib.sha256(relative.as_posix().encode()).digest()[0] * HELD_OUT_ONE_IN < 256
-
-
-def _split_one(path: Path, max_bytes: int) -> Corpus:
-    with path.open("rb") as file:
-        data = file.read(max_bytes)
-    cut = len(data) - len(data) // HELD_OUT_ONE_IN
-    return _corpus([data[:cut]], [data[cut:]], source=str(path))
 
 
 def _corpus(train: list[bytes], held_out: list[bytes], source: str) -> Corpus:

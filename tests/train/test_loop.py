@@ -1,0 +1,243 @@
+"""The loop: it learns, resumes exactly, and N ranks do what one process does."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Rank, rank_outcomes, run_ranks
+
+from paracomm.errors import Error, InvalidArgument
+from paracomm.models.gpt import GPT, GPTConfig
+from paracomm.train import loop
+from paracomm.train.check import compare
+from paracomm.train.config import TrainConfig
+from paracomm.train.data import load_corpus
+from paracomm.train.loop import learning_rate
+from paracomm.train.metrics import read_metrics
+from paracomm.train.replicas import Alone, ParacommReplicas
+from tests.parallel.gloo_comm import GlooComm
+
+TINY = GPTConfig(width=16, depth=2, heads=2, context=12)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"".join(b"%d bottles of beer on the wall; " % i for i in range(300)))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, text):
+    return TrainConfig(
+        model=TINY,
+        steps=12,
+        batch=12,
+        warmup=3,
+        data=text,
+        runs=tmp_path / "runs",
+        log_every=1,
+        eval_every=6,
+        checkpoint_every=4,
+        sample_bytes=8,
+    )
+
+
+def run(config: TrainConfig, replicas=None):
+    return loop._train(config, replicas or Alone())
+
+
+def losses(config: TrainConfig) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(config.folder / "metrics.jsonl") if "loss" in r}
+
+
+def connect(rank: Rank, kind: str) -> ParacommReplicas:
+    return ParacommReplicas(GlooComm() if kind == "gloo" else rank.connect())
+
+
+def test_it_learns(config):
+    config = replace(config, steps=150, lr=1e-2, eval_every=150, checkpoint_every=150)
+    result = run(config)
+    assert result.held_out_bits < 0.8 * result.unigram_bits
+    assert result.sample.startswith(b"def ") and len(result.sample) == 4 + 8
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_resumed_run_has_identical_losses(config, dropout, accumulate, monkeypatch):
+    config = replace(config, model=replace(TINY, dropout=dropout), accumulate=accumulate)
+    whole = replace(config, name="whole")
+    run(whole)
+
+    class Killed(Exception):
+        pass
+
+    original = loop.Trainer.update
+
+    def dies_at_step_10(self, step):
+        if step == 10:
+            raise Killed
+        return original(self, step)
+
+    monkeypatch.setattr(loop.Trainer, "update", dies_at_step_10)
+    with pytest.raises(Killed):
+        run(config)
+    monkeypatch.undo()
+    assert max(losses(config)) == 10
+    torch.manual_seed(12345)
+    run(replace(config, resume=True))
+    assert losses(config) == losses(whole)
+    assert sorted(losses(config)) == list(range(1, 13))
+
+
+def test_resuming_a_finished_run_only_evaluates(config):
+    first = run(config)
+    again = run(replace(config, resume=True))
+    assert again.held_out_bits == first.held_out_bits
+
+
+def test_resuming_what_is_not_there_or_of_another_run_is_named(config, text):
+    with pytest.raises(InvalidArgument, match="nothing to resume"):
+        run(replace(config, resume=True))
+    run(config)
+    with pytest.raises(InvalidArgument, match="seed was 0 and is 1"):
+        run(replace(config, resume=True, seed=1))
+    text.write_bytes(text.read_bytes() + b"more")
+    with pytest.raises(InvalidArgument, match="other text"):
+        run(replace(config, resume=True))
+
+
+def test_a_fresh_run_keeps_the_one_before(config):
+    run(config)
+    before = losses(config)
+    run(replace(config, seed=1))
+    assert losses(replace(config, name="gpt.1")) == before
+
+
+def test_records_and_events_are_written(config):
+    run(config)
+    records = read_metrics(config.folder / "metrics.jsonl")
+    assert {"loss", "bits_per_byte", "lr", "gradient_norm", "tokens_per_s", "steps_per_s", "wait_share"} < set(
+        records[0]
+    )
+    assert [r["step"] for r in records if "held_out_bits_per_byte" in r] == [6, 12]
+    assert list(config.folder.glob("events.out.tfevents*"))
+    assert json.loads((config.folder / "config.json").read_text())["model"]["width"] == 16
+
+
+def train_on_rank(rank: Rank, config: TrainConfig, kind: str) -> None:
+    replicas = connect(rank, kind)
+    run(config, replicas)
+    replicas.close()
+
+
+@pytest.mark.parametrize("kind", ["paracomm", "gloo"])
+def test_ranks_train_as_one_process_does(config, kind):
+    config = replace(config, dtype="float64")
+    run(replace(config, name="one"))
+    run_ranks(3, train_on_rank, config, kind)
+    one = losses(replace(config, name="one"))
+    assert losses(config) == pytest.approx(one, rel=1e-10)
+    resumed = replace(config, steps=16)
+    run_ranks(2, train_on_rank, replace(resumed, resume=True), kind)
+    assert max(losses(config)) == 16
+
+
+class SumsInsteadOfMeans(GlooComm):
+    def all_reduce(self, x, op="sum", *, async_op=False):
+        return super().all_reduce(x, "sum", async_op=async_op)
+
+
+class ForgetsOneRank(GlooComm):
+    def all_reduce(self, x, op="sum", *, async_op=False):
+        before = x.clone()
+        result = super().all_reduce(x, op, async_op=False)
+        if op == "avg" and self.rank == 1:
+            x[0] = before[0]
+        return Finished() if async_op else result
+
+
+class Finished:
+    def wait(self):
+        pass
+
+
+def check_on_rank(rank: Rank, config: TrainConfig, comm_type: type | None) -> list[bool]:
+    replicas = ParacommReplicas(comm_type() if comm_type else rank.connect())
+    corpus = load_corpus(config.data)
+    rows = [row for dtype in ("float64", "float32") for row in compare(config, dtype, 3, replicas, corpus)]
+    replicas.close()
+    return [row.ok for row in rows]
+
+
+@pytest.mark.parametrize("comm_type", [GlooComm, None], ids=["gloo", "paracomm"])
+def test_check_agrees(config, comm_type):
+    assert run_ranks(2, check_on_rank, replace(config, accumulate=2), comm_type) == [[True] * 6] * 2
+
+
+@pytest.mark.parametrize("comm_type", [SumsInsteadOfMeans, ForgetsOneRank])
+def test_check_finds_a_wrong_reducer(config, comm_type):
+    for rows in run_ranks(2, check_on_rank, config, comm_type):
+        assert not any(rows)
+
+
+def other_text(rank: Rank, config: TrainConfig, folder: Path) -> None:
+    path = folder / f"text-{rank.rank}"
+    path.write_bytes(b"abc" * (100 + rank.rank))
+    run(replace(config, data=path), connect(rank, "gloo"))
+
+
+def test_different_text_on_ranks_is_named(config, tmp_path):
+    for outcome in rank_outcomes(2, other_text, config, tmp_path):
+        assert isinstance(outcome.error, Error) and "text" in str(outcome.error), outcome.failure
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(steps=100, warmup=10, lr=1.0)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert rates[10] == 1.0 and all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert 0.1 < rates[-1] < 0.102
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"reducer": "x"}, "reducer"),
+        ({"name": "../x"}, "name"),
+        ({"prompt": ""}, "prompt"),
+    ],
+)
+def test_wrong_settings_are_named(change, named):
+    with pytest.raises(InvalidArgument, match=named):
+        TrainConfig(**change)
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    with pytest.raises(InvalidArgument, match="24 sequences does not divide by 5 ranks x 1"):
+        TrainConfig().share(5)
+
+
+def test_gpt_depends_on_its_seed_and_sees_no_future():
+    model = GPT(TINY, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), GPT(TINY, seed=1).parameters(), strict=True))
+    assert not torch.equal(model.token.weight, GPT(TINY, seed=2).token.weight)
+    tokens = torch.randint(0, 256, (2, 12))
+    changed = tokens.clone()
+    changed[:, 7] += 1
+    a, b = model(tokens), model(changed % 256)
+    assert torch.equal(a[:, :7], b[:, :7]) and not torch.allclose(a[:, 7:], b[:, 7:])
+    assert model.generate(b"ab", 20, temperature=0) == model.generate(b"ab", 20, temperature=0)
+    with pytest.raises(InvalidArgument, match="13 positions"):
+        model(torch.zeros(1, 13, dtype=torch.long))
+    with pytest.raises(InvalidArgument, match="heads"):
+        GPTConfig(width=10, heads=3)
