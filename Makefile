@@ -14,6 +14,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 PY := $(VENV)/bin/python
 CPP_BUILD := -G Ninja -DPARACOMM_PYTHON=OFF -DPARACOMM_TESTS=ON --log-level=WARNING
+SANITIZER_BUILD := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPARACOMM_TEST_TIMEOUT=400
 CTEST := ctest --output-on-failure --no-tests=error
 # setarch -R: the thread sanitizer of older compilers cannot place its shadow under high-entropy address randomisation.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
@@ -73,12 +74,12 @@ wheel: $(VENV)/.dev
 	$(PY) -m build --wheel --outdir dist .
 
 sanitize: $(VENV)/.dev
-	cmake -S . -B build/asan $(CPP_BUILD) -DPARACOMM_SANITIZE=address -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake -S . -B build/asan $(CPP_BUILD) -DPARACOMM_SANITIZE=address $(SANITIZER_BUILD)
 	cmake --build build/asan --parallel $(JOBS)
-	ASAN_OPTIONS=detect_stack_use_after_return=1 $(CTEST) --test-dir build/asan --timeout 300
-	cmake -S . -B build/tsan $(CPP_BUILD) -DPARACOMM_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	ASAN_OPTIONS=detect_stack_use_after_return=1 $(CTEST) --test-dir build/asan
+	cmake -S . -B build/tsan $(CPP_BUILD) -DPARACOMM_SANITIZE=thread $(SANITIZER_BUILD)
 	cmake --build build/tsan --parallel $(JOBS)
-	TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $(FIXED_ADDRESSES) $(CTEST) --test-dir build/tsan --timeout 300
+	TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $(FIXED_ADDRESSES) $(CTEST) --test-dir build/tsan
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check $(python_files)
