@@ -9,17 +9,18 @@ def star(s):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from ..errors import InvalidArgument
-from .schedule import COLLECTIVES, Schedule
+from .schedule import COLLECTIVES, ROOTED, Schedule
 
 Author = Callable[..., None]
 Formula = Callable[..., Any]
+Params = dict[str, Any]
 Items = tuple[tuple[str, Any], ...]
 
 
@@ -32,6 +33,7 @@ class Algorithm:
         steps: (world_size, **params) -> transfers on the longest chain, or None if not known.
         volume: (world_size, **params) -> the most that any rank sends, as a fraction of the size S of the data buffer
             (of the input for all_to_all), or None.
+        variants: world_size -> parameters that tests, and the tuner, try; the first ones are the defaults.
     """
 
     collective: str
@@ -40,6 +42,7 @@ class Algorithm:
     chunks: Formula
     steps: Formula | None
     volume: Formula | None
+    variants: Callable[[int], list[dict[str, Any]]]
 
     def build(self, world_size: int, root: int | None = None, **params: Any) -> Schedule:
         schedule = Schedule(self.collective, world_size, self.chunks(world_size, **params), root, self.name)
@@ -57,6 +60,7 @@ def algorithm(
     chunks: int | Formula = 1,
     steps: Formula | None = None,
     volume: Formula | None = None,
+    variants: Callable[[int], list[dict[str, Any]]] = lambda world_size: [{}],
 ) -> Callable[[Author], Author]:
     """Register a function (schedule, **params) -> None that writes an algorithm.
 
@@ -66,6 +70,7 @@ def algorithm(
         chunks: chunks of data, or a function (world_size, **params) -> chunks. Collectives made of blocks need a
             multiple of world_size.
         steps, volume: the documented cost, see `Algorithm`; tests hold the schedule to it.
+        variants: world_size -> sets of parameters that are worth a proof and a try.
 
     Raises:
         InvalidArgument: no such collective.
@@ -75,7 +80,7 @@ def algorithm(
     count = chunks if callable(chunks) else lambda world_size, **params: chunks
 
     def register(author: Author) -> Author:
-        _registry[collective][name] = Algorithm(collective, name, author, count, steps, volume)
+        _registry[collective][name] = Algorithm(collective, name, author, count, steps, volume, variants)
         _build.cache_clear()
         return author
 
@@ -121,4 +126,21 @@ def _build(collective: str, name: str, world_size: int, root: int | None, params
 
 
 def share(numerator: int, denominator: int) -> Fraction:
+    """A part of S, exactly."""
     return Fraction(numerator, denominator)
+
+
+def cases(world_size: int, collectives: tuple[str, ...] = COLLECTIVES) -> Iterator[tuple[str, str, int | None, Params]]:
+    """Everything that is to be proved at a world size: (collective, algorithm, root, params)."""
+    for collective in collectives:
+        roots = sorted({0, world_size - 1}) if collective in ROOTED else [None]
+        for name, entry in _registry[collective].items():
+            for params in entry.variants(world_size):
+                for root in roots:
+                    yield collective, name, root, params
+
+
+def forget(collective: str, name: str) -> None:
+    """Take an algorithm out of the registry again."""
+    _registry[collective].pop(name, None)
+    _build.cache_clear()

@@ -119,6 +119,11 @@ class Schedule:
             self._batches = [self._ops] if len(self._ops) else []
         return self._ops
 
+    def check(self) -> None:
+        """Raise ScheduleError if an operation names what does not exist or overlaps itself."""
+        if len(self.ops):
+            self._check(self.ops)
+
     def freeze(self) -> Schedule:
         """Forbid further operations (built schedules are shared)."""
         self._frozen = True
@@ -142,6 +147,9 @@ class Schedule:
     @property
     def fingerprint(self) -> int:
         """uint32 over the header and all operations: ranks that hold equal schedules agree on it."""
+        return int(self.cached("fingerprint", Schedule._crc))
+
+    def _crc(self) -> int:
         header = f"{self.collective} {self.world_size} {self.chunks} {self.root} {self.buffers[FIRST_SCRATCH:]}"
         return int(zlib.crc32(self.ops.astype("<i4").tobytes(), zlib.crc32(header.encode())))
 

@@ -28,7 +28,14 @@ def pieces_of(n: int, pieces: int = PIECES) -> int:
     return pieces
 
 
-@algorithm("broadcast", "chain", chunks=pieces_of, steps=lambda n, **_: n - 1, volume=lambda n, **_: min(1, n - 1))
+@algorithm(
+    "broadcast",
+    "chain",
+    chunks=pieces_of,
+    steps=lambda n, **_: n - 1,
+    volume=lambda n, **_: min(1, n - 1),
+    variants=lambda n: [{}, {"pieces": 1}],
+)
 def broadcast(s: Schedule, pieces: int = PIECES) -> None:
     n, root = s.world_size, s.root
     for time in range(n - 2 + pieces if n > 1 else 0):
@@ -36,7 +43,14 @@ def broadcast(s: Schedule, pieces: int = PIECES) -> None:
         s.copy(s.at((v + root) % n, time - v), s.at((v + 1 + root) % n, time - v))
 
 
-@algorithm("reduce", "chain", chunks=pieces_of, steps=lambda n, **_: n - 1, volume=lambda n, **_: min(1, n - 1))
+@algorithm(
+    "reduce",
+    "chain",
+    chunks=pieces_of,
+    steps=lambda n, **_: n - 1,
+    volume=lambda n, **_: min(1, n - 1),
+    variants=lambda n: [{}, {"pieces": 1}],
+)
 def reduce(s: Schedule, pieces: int = PIECES) -> None:
     n, root = s.world_size, s.root
     for time in range(n - 2 + pieces if n > 1 else 0):

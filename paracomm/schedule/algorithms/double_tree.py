@@ -50,8 +50,14 @@ def most_sent(n: int, **_: int) -> Fraction:
     return {1: Fraction(0), 2: Fraction(1), 3: Fraction(3, 2)}.get(n, Fraction(2))
 
 
-@algorithm("all_reduce", "double_tree", chunks=lambda n, pieces=PIECES: 2 * pieces,
-           steps=lambda n, **_: 2 * floor_log2(n), volume=most_sent)  # fmt: skip
+@algorithm(
+    "all_reduce",
+    "double_tree",
+    chunks=lambda n, pieces=PIECES: 2 * pieces,
+    steps=lambda n, **_: 2 * floor_log2(n),
+    volume=most_sent,
+    variants=lambda n: [{}, {"pieces": 1}],
+)
 def all_reduce(s: Schedule, pieces: int = PIECES) -> None:
     height = floor_log2(s.world_size)
     waves: list[list[tuple[int, int, int, int]]] = [[] for _ in range(2 * height + pieces)]

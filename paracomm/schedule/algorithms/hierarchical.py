@@ -70,31 +70,41 @@ def longest_chain(n: int, hosts: Hosts = None, ranks_per_host: int | None = None
     return inside + (2 * (len(members) - 1) if between == "ring" else 2 * min(1, len(members) - 1))
 
 
-@algorithm("all_reduce", "hierarchical", chunks=chunk_count, steps=longest_chain)
+def layouts(n: int) -> list[dict[str, object]]:
+    """One host, one rank a host, equal and unequal hosts."""
+    uneven = tuple(int(math.sqrt(2 * r)) for r in range(n))
+    return [
+        {},
+        {"ranks_per_host": 4, "between": "direct"},
+        {"ranks_per_host": 1},
+        {"ranks_per_host": n},
+        {"hosts": uneven},
+    ]
+
+
+@algorithm("all_reduce", "hierarchical", chunks=chunk_count, steps=longest_chain, variants=layouts)
 def all_reduce(s: Schedule, hosts: Hosts = None, ranks_per_host: int | None = None, between: str = "ring") -> None:
     if between not in ("ring", "direct"):
         raise InvalidArgument(f"between must be 'ring' or 'direct', got {between!r}")
     members = groups(s.world_size, hosts, ranks_per_host)
     count, h = slices(members), len(members)
     owner = np.array([[m[j % len(m)] for m in members] for j in range(count)])
-    _inside(s, members, owner, s.reduce)
+    _inside(s, members, count, gather=False)
     (_ring if between == "ring" else _direct)(s, owner, count, h)
-    _inside(s, members, owner, s.copy)
+    _inside(s, members, count, gather=True)
 
 
-def _inside(s: Schedule, members: list[list[int]], owner: np.ndarray, verb: object) -> None:
-    """Every rank sends slices to their owner in its host (reduce), or owners send them to all (copy)."""
-    h = len(members)
-    for i, ranks in enumerate(members):
+def _inside(s: Schedule, members: list[list[int]], count: int, gather: bool) -> None:
+    """Every rank sends the slices that it does not own to their owners in its host, or gets them from there."""
+    h, j = len(members), np.arange(count)
+    for ranks in map(np.array, members):
         for step in range(1, len(ranks)):
-            for j in range(len(owner)):
-                mine = int(owner[j, i])
-                other = ranks[(ranks.index(mine) - step) % len(ranks)]
-                chunk = j * h
-                if verb == s.reduce:
-                    s.reduce(s.at(other, chunk, span=h), s.at(mine, chunk, span=h))
-                else:
-                    s.copy(s.at(mine, chunk, span=h), s.at(other, chunk, span=h))
+            owner = s.at(ranks[j % len(ranks)], j * h, span=h)
+            other = s.at(ranks[(j - step) % len(ranks)], j * h, span=h)
+            if gather:
+                s.copy(owner, other)
+            else:
+                s.reduce(other, owner)
 
 
 def _ring(s: Schedule, owner: np.ndarray, count: int, h: int) -> None:

@@ -1,0 +1,48 @@
+"""The `paracomm` command: a subcommand is the function of the module paracomm.cli.NAME that has the module's name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+import typer
+
+COMMANDS = {
+    "bench": "Measure collectives beside their peers and the floor.",
+    "train": "Train a Transformer data-parallel.",
+    "verify": "Prove the schedules of all algorithms, and measure the proof with mutants.",
+    "simulate": "Cost algorithms on a described topology.",
+    "tune": "Choose algorithms by simulation and measurement.",
+    "doctor": "Show what was built and what this machine offers.",
+}
+
+
+def build_app(arguments: Sequence[str]) -> typer.Typer:
+    """The command line for these arguments.
+
+    Only the module of the subcommand that is asked for is imported, so that one that is broken hides no other, and shows
+    its own error. Modules that do not exist are not offered.
+    """
+    app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+    @app.callback()
+    def group() -> None:
+        """Collective communication as data: prove it, simulate it, tune it, run it."""
+
+    asked = next((a for a in arguments if not a.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        if importlib.util.find_spec(f"paracomm.cli.{name}") is None:
+            continue
+        if name == asked:
+            module = importlib.import_module(f"paracomm.cli.{name}")
+            app.command(name)(getattr(module, name))
+        else:
+            app.command(name, help=summary)(lambda: None)
+    return app
+
+
+def main() -> None:
+    """Entry point of the `paracomm` script."""
+    build_app(sys.argv[1:])()
