@@ -20,7 +20,7 @@ CTEST := ctest --output-on-failure --no-tests=error
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 native_sources := CMakeLists.txt setup.py pyproject.toml paracomm/version.py \
-  $(shell find src csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+  $(shell find src csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.map' \) 2>/dev/null)
 cpp_files = $(shell find src csrc tests/cpp bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 python_files := paracomm tests bench setup.py
 

@@ -61,7 +61,7 @@ def examine() -> dict[str, Section]:
 def build_section() -> Section:
     section: Section = {"paracomm": __version__, "python": platform.python_version(), "platform": platform.platform()}
     try:
-        from paracomm.comm import build_info
+        from paracomm.build_info import build_info
     except ImportError as error:
         # Schedules, verify and simulate go on without the extension; a person who asks is told why the rest does not.
         return section | {"extension": None, "why": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,17 @@
+"""What the extension was built from and what it does on this CPU; raises ImportError where there is no extension."""
+
+from typing import Any
+
+from paracomm import _C
+
+
+def build_info() -> dict[str, Any]:
+    """Version, file, compiler, the vector instructions that reductions use here, transports, and whether CUDA is in."""
+    return {
+        "version": _C.__version__,
+        "extension": _C.__file__,
+        "compiler": _C.compiler,
+        "reduce_isa": _C.reduce_isa(),
+        "transports": ["local", "shm", "tcp"],
+        "cuda": _C.cuda,
+    }
