@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paracomm.errors import InvalidArgument, Mismatch
+from paracomm.errors import Error, InvalidArgument, Mismatch
 from paracomm.models.gpt import GPT, next_byte_loss
 from paracomm.parallel.bucket import MIB
 from paracomm.train.checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint
@@ -147,7 +147,8 @@ class Result:
 def train(config: TrainConfig) -> Result:
     """Trains as `config` says, on the ranks of this job; rank 0 reports and writes `config.folder`.
 
-    Raises InvalidArgument, Mismatch (the ranks do not have the same text or checkpoint) and what communication raises.
+    Raises InvalidArgument, Mismatch (the ranks do not have the same text or checkpoint), Error (the loss is not finite)
+    and what communication raises.
     """
     use_one_thread()
     replicas = open_replicas(config.reducer, config.backend)
@@ -199,6 +200,8 @@ def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step
             window = Window()
             if log is not None:
                 log.write(done, values)
+            if not math.isfinite(values["loss"] or 0.0):
+                raise Error(f"train: the loss is {values['loss']} at step {done}; try a smaller --lr")
         display.advance(done, values)
         if done % config.eval_every == 0 or last:
             held_out_bits = trainer.evaluate()

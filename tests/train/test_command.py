@@ -9,31 +9,15 @@ from typer.testing import CliRunner
 
 from paracomm.cli.train import train
 
-SMALL = [
-    "--width",
-    "16",
-    "--depth",
-    "1",
-    "--heads",
-    "2",
-    "--context",
-    "16",
-    "--steps",
-    "4",
-    "--batch",
-    "4",
-    "--warmup",
-    "1",
-    "--sample-bytes",
-    "8",
-]
+SMALL = {"width": 16, "depth": 1, "heads": 2, "context": 16, "steps": 4, "batch": 4, "warmup": 1, "sample-bytes": 8}
 
 
 @pytest.fixture
 def options(tmp_path):
     text = tmp_path / "text"
     text.write_bytes(bytes(range(32, 127)) * 30)
-    return [*SMALL, "--data", str(text), "--runs", str(tmp_path / "runs")]
+    shape = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    return [*shape, "--data", str(text), "--runs", str(tmp_path / "runs")]
 
 
 def on_rank(rank: Rank, options: list[str]) -> tuple[int, str]:

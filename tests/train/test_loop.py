@@ -119,6 +119,11 @@ def test_a_fresh_run_keeps_the_one_before(config):
     assert losses(replace(config, name="gpt.1")) == before
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(config):
+    with pytest.raises(Error, match=r"loss is (nan|inf)"):
+        run(replace(config, lr=1e30))
+
+
 def test_records_and_events_are_written(config):
     run(config)
     records = read_metrics(config.folder / "metrics.jsonl")
