@@ -4,6 +4,8 @@
 // `stripe_from` bytes or more is cut into one contiguous part per socket.
 #pragma once
 
+#include <poll.h>
+
 #include <memory>
 #include <string>
 #include <vector>
@@ -45,8 +47,10 @@ class TcpEndpoint final : public Endpoint {
   Link& link(int peer) const;
 
   int rank_;
+  TcpOptions options_;
   std::vector<std::unique_ptr<Link>> links_;  ///< by rank; empty where this transport does not reach
   Fd interrupt_;
+  std::vector<pollfd> polled_;  ///< of the last wait: kept for its memory
 };
 
 }  // namespace paracomm
