@@ -22,8 +22,8 @@ COMMANDS = {
 def build_app(arguments: Sequence[str]) -> typer.Typer:
     """The command line for these arguments.
 
-    Only the module of the subcommand that is asked for is imported, so that one that is broken hides no other, and shows
-    its own error. Modules that do not exist are not offered.
+    Only the module of the subcommand that is asked for is imported, so that one that is broken hides no other, and
+    shows its own error. Modules that do not exist are not offered.
     """
     app = typer.Typer(no_args_is_help=True, add_completion=False)
 

@@ -20,7 +20,7 @@ from paracomm.errors import Error
 from paracomm.schedule import build
 from paracomm.schedule import verify as prove
 from paracomm.schedule.mutate import Verdict, campaign
-from paracomm.schedule.registry import cases
+from paracomm.schedule.registry import cases, get
 from paracomm.schedule.schedule import COLLECTIVES
 
 Case = tuple[str, str, int, "int | None", dict[str, Any]]
@@ -80,7 +80,7 @@ def prove_case(case: Case) -> tuple[Case, float, str | None]:
     collective, name, world_size, root, params = case
     begin = time.perf_counter()
     try:
-        prove(build(collective, name, world_size, root, **params))
+        prove(get(collective, name).build(world_size, root, **params))
     except Error as error:
         return case, time.perf_counter() - begin, str(error)
     return case, time.perf_counter() - begin, None
@@ -138,8 +138,8 @@ def judge_mutants(count: int, seed: int, least: float, json: bool) -> None:
         print(json_module.dumps({"mutants": count, "seed": seed, **{f: total[f] for f in fates}, "share": share}))
     else:
         show(verdicts, tally, total, fates)
-        print(f"{total['caught']} of {total['caught'] + total['missed']} wrong mutants caught ({share:.2%}), seed {seed}, "
-              f"{wall_s:.1f} s")  # fmt: skip
+        wrong = total["caught"] + total["missed"]
+        print(f"{total['caught']} of {wrong} wrong mutants caught ({share:.2%}), seed {seed}, {wall_s:.1f} s")
     for v in verdicts:
         if v.fate == "missed":
             print(f"missed: {v.what}", file=sys.stderr)
@@ -154,7 +154,6 @@ def show(
     for kind in sorted({v.kind for v in verdicts}):
         shown.add_row(kind, *(str(tally[kind, fate]) for fate in fates))
     shown.add_row("all", *(str(total[fate]) for fate in fates))
-    console = Console()
-    console.print(shown)
-    console.print("reordered: the same operations and results in another order; correct: another schedule with the right\n"
-                  "result (both judged by running them on numbers, with ranks interleaved at random)")  # fmt: skip
+    Console().print(shown)
+    print("reordered: the same operations and results in another order; correct: another schedule with the right")
+    print("result. Both are judged by running them on numbers, with ranks interleaved at random.")

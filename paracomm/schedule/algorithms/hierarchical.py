@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -70,16 +71,12 @@ def longest_chain(n: int, hosts: Hosts = None, ranks_per_host: int | None = None
     return inside + (2 * (len(members) - 1) if between == "ring" else 2 * min(1, len(members) - 1))
 
 
-def layouts(n: int) -> list[dict[str, object]]:
-    """One host, one rank a host, equal and unequal hosts."""
-    uneven = tuple(int(math.sqrt(2 * r)) for r in range(n))
-    return [
-        {},
-        {"ranks_per_host": 4, "between": "direct"},
-        {"ranks_per_host": 1},
-        {"ranks_per_host": n},
-        {"hosts": uneven},
-    ]
+def layouts(n: int) -> list[dict[str, Any]]:
+    """Two ranks a host, and, at sizes where that is not slow: equal and unequal hosts, one host, one rank a host."""
+    uneven = tuple(math.isqrt(2 * r) for r in range(n))
+    more: list[dict[str, Any]] = [{"ranks_per_host": 4, "between": "direct"}, {"ranks_per_host": 1},
+                                  {"ranks_per_host": n}]  # fmt: skip
+    return [{}, {"hosts": uneven}] + (more if n <= 32 else [])
 
 
 @algorithm("all_reduce", "hierarchical", chunks=chunk_count, steps=longest_chain, variants=layouts)
