@@ -15,10 +15,9 @@ PYTHON_ROOMS = {
     "version": set(),
     "schedule": set(),
     "kernels": set(),
-    "bootstrap": set(),
     "build_info": {"_C"},
-    "programs": {"schedule", "_C"},
-    "comm": {"schedule", "bootstrap", "programs", "_C"},
+    "bootstrap": {"comm"},
+    "comm": {"schedule", "_C"},
     "backend": {"comm"},
     "hooks": {"comm"},
     "parallel": {"comm"},
@@ -36,7 +35,7 @@ PYTHON_ROOMS = {
         "bootstrap",
         "build_info",
     },
-    "__init__": {"comm", "bootstrap", "schedule"},
+    "__init__": {"comm", "bootstrap"},
     "__main__": {"cli"},
 }
 # Third parties that a room must not know, whether at the top of a file or inside a function.
