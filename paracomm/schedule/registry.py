@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import InvalidArgument
 from .schedule import COLLECTIVES, ROOTED, Schedule
 
 Author = Callable[..., None]
 Formula = Callable[..., Any]
+AnySchedule = TypeVar("AnySchedule", bound=Schedule)
 Params = dict[str, Any]
 Items = tuple[tuple[str, Any], ...]
 
@@ -45,7 +46,11 @@ class Algorithm:
     variants: Callable[[int], list[dict[str, Any]]]
 
     def build(self, world_size: int, root: int | None = None, **params: Any) -> Schedule:
-        schedule = Schedule(self.collective, world_size, self.chunks(world_size, **params), root, self.name)
+        return self.write(Schedule, world_size, root, **params)
+
+    def write(self, kind: Callable[..., AnySchedule], world_size: int, root: int | None, **params: Any) -> AnySchedule:
+        """Let the author write on a schedule of another kind, e.g. one that consumes operations as they come."""
+        schedule = kind(self.collective, world_size, self.chunks(world_size, **params), root, self.name)
         self.author(schedule, **params)
         return schedule
 

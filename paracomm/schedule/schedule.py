@@ -116,8 +116,12 @@ class Schedule:
         """int32 [n_ops, 8]: kind, source rank, buffer, chunk, destination rank, buffer, chunk, span."""
         if self._ops is None:
             self._ops = np.concatenate(self._batches) if self._batches else np.zeros((0, 8), np.int32)
-            self._batches = [self._ops] if len(self._ops) else []
         return self._ops
+
+    @property
+    def batches(self) -> list[IntArray]:
+        """The operations as they were written, one array a call of a verb."""
+        return self._batches
 
     def check(self) -> None:
         """Raise ScheduleError if an operation names what does not exist or overlaps itself."""
