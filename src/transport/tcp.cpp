@@ -11,6 +11,7 @@
 #include <cstring>
 #include <span>
 #include <stdexcept>
+#include <utility>
 
 #include "core/error.h"
 
@@ -47,7 +48,7 @@ class TcpEndpoint::Link {
   }
 
   bool push(const Signature& signature, const std::byte* data, size_t nbytes, uint64_t& index) {
-    if (pushed_ - finished() == kQueue) return false;
+    if (pushed_ - finished() == kQueue) return refuse();
     index = pushed_++;
     queue_[index % kQueue] = {{signature, nbytes}, data};
     payload_ += nbytes;
@@ -57,7 +58,7 @@ class TcpEndpoint::Link {
 
   bool sent(uint64_t index) {
     if (finished() <= index) flush();
-    return finished() > index;
+    return finished() > index || refuse();
   }
 
   /// Writes what the kernel takes. False: nothing is left to write.
@@ -96,6 +97,9 @@ class TcpEndpoint::Link {
     }
   }
 
+  /// Since somebody was refused (queue full, message not sent), a message has been written: do not sleep on that.
+  bool take_news() { return std::exchange(news_, false); }
+
   uint64_t payload() const { return payload_; }
 
  private:
@@ -116,6 +120,11 @@ class TcpEndpoint::Link {
     const size_t part = (nbytes / lanes_.size() + 63) / 64 * 64;
     const size_t begin = std::min(nbytes, lane * part);
     return {begin, (lane + 1 == lanes_.size() ? nbytes : std::min(nbytes, begin + part)) - begin};
+  }
+
+  bool refuse() {
+    refused_ = true;
+    return false;
   }
 
   /// Messages that every socket has written.
@@ -155,6 +164,7 @@ class TcpEndpoint::Link {
       if (at.written < whole) return;
       at.written -= whole;
       ++at.next;
+      news_ |= std::exchange(refused_, false);
     }
   }
 
@@ -259,6 +269,8 @@ class TcpEndpoint::Link {
   std::array<Message, kQueue> queue_;
   uint64_t pushed_ = 0;
   uint64_t payload_ = 0;
+  bool refused_ = false;
+  bool news_ = false;
   bool receiving_ = false;
   Header header_;
   size_t header_read_ = 0;
@@ -305,9 +317,13 @@ bool TcpEndpoint::progress() {
 
 void TcpEndpoint::wait(int peer, std::chrono::microseconds at_most) {
   polled_.assign(1, {interrupt_.get(), POLLIN, 0});
+  bool news = false;
   for (const auto& each : links_) {
-    if (each) each->add_output(polled_);
+    if (!each) continue;
+    news |= each->take_news();
+    each->add_output(polled_);
   }
+  if (news) return;
   link(peer).add_input(polled_);
   const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(at_most);
   const timespec limit{static_cast<time_t>(seconds.count()),

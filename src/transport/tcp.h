@@ -32,6 +32,7 @@ class TcpEndpoint final : public Endpoint {
 
   const char* name() const noexcept override { return "tcp"; }
   bool sends_in_place(const std::byte* data, size_t nbytes) const noexcept override;
+  bool stages() const noexcept override { return false; }
   std::byte* try_reserve(size_t nbytes) override;
   bool try_send(int peer, const Signature& signature, const std::byte* data, size_t nbytes, uint64_t& index) override;
   bool sent(int peer, uint64_t index) override;

@@ -1,9 +1,10 @@
 // The narrow waist: what a transport does for an executor. A transport knows bytes, peers and order, never operators or
 // dtypes.
 //
-// Between two ranks of one communicator there is one ordered stream of messages in each direction. Sender and receiver both
-// know, from the plan, how long the next message is; the signature of the collective travels with each message, so that two
-// ranks that do different things find out. One thread at a time uses an Endpoint; only `interrupt()` may come from another.
+// Between two ranks of one communicator there is one ordered stream of messages in each direction. Sender and receiver
+// both know, from the plan, how long the next message is; the signature of the collective travels with each message, so
+// that two ranks that do different things find out. One thread at a time uses an Endpoint; only `interrupt()` may come
+// from another.
 #pragma once
 
 #include <chrono>
@@ -21,21 +22,25 @@ class Endpoint {
   virtual const char* name() const noexcept = 0;
 
   // --- sending ---
-  /// True: a send of these bytes copies nothing in user space (TCP: always; shared memory: the peers map them, or they are few).
+  /// True: a send of these bytes copies nothing in user space (TCP: always; shared memory: the peers map them, or they
+  /// are few).
   virtual bool sends_in_place(const std::byte* data, size_t nbytes) const noexcept = 0;
+  /// True: there is memory to reserve. False: every send leaves from the caller's.
+  virtual bool stages() const noexcept = 0;
   /// Memory to write a message into, for one or several of the next sends. nullptr: no room yet, `wait` and try again.
-  /// Only where `sends_in_place` is false.
   virtual std::byte* try_reserve(size_t nbytes) = 0;
   /// Queues one message to `peer`; `data` is reserved memory, or bytes that stay as they are until `sent(peer, index)`.
   /// `index` counts the messages to this peer from 0. False: the queue is full, `wait` and try again.
-  virtual bool try_send(int peer, const Signature& signature, const std::byte* data, size_t nbytes, uint64_t& index) = 0;
+  virtual bool try_send(int peer, const Signature& signature, const std::byte* data, size_t nbytes,
+                        uint64_t& index) = 0;
   /// True when message `index` to `peer` no longer needs the sender's memory.
   virtual bool sent(int peer, uint64_t index) = 0;
 
   // --- receiving ---
-  /// The bytes of the next message from `peer`, or nullptr if it is not complete yet. They lie in `into` (room for `nbytes`)
-  /// or wherever the transport has them, until `release(peer)`. Call again with the same arguments until it succeeds.
-  /// Throws Error(mismatch) if the message has another signature or length, Error(peer_lost) if the peer is gone.
+  /// The bytes of the next message from `peer`, or nullptr if it is not complete yet. They lie in `into` (room for
+  /// `nbytes`) or wherever the transport has them, until `release(peer)`. Call again with the same arguments until it
+  /// succeeds. Throws Error(mismatch) if the message has another signature or length, Error(peer_lost) if the peer is
+  /// gone.
   virtual const std::byte* try_recv(int peer, const Signature& signature, size_t nbytes, std::byte* into) = 0;
   /// Ends the use of the message that `try_recv` returned.
   virtual void release(int peer) = 0;
@@ -49,7 +54,8 @@ class Endpoint {
   // --- waiting ---
   /// Moves queued bytes along without blocking. False: nothing is queued, so that no peer depends on further calls.
   virtual bool progress() = 0;
-  /// Blocks until something may have changed between this rank and `peer`, `interrupt()` is called, or `at_most` has passed.
+  /// Blocks until something may have changed between this rank and `peer`, `interrupt()` is called, or `at_most` has
+  /// passed.
   virtual void wait(int peer, std::chrono::microseconds at_most) = 0;
   /// Wakes `wait` now and makes every later one return at once. From any thread.
   virtual void interrupt() noexcept = 0;

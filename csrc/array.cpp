@@ -1,0 +1,188 @@
+#include "array.h"
+
+#include <cstdint>
+#include <string>
+
+#include "core/error.h"
+
+namespace py = pybind11;
+using namespace paracomm;
+
+namespace {
+
+// The DLPack ABI (dmlc/dlpack, include/dlpack/dlpack.h, version 0.x), as far as it is needed here.
+struct DlDevice {
+  int32_t type, id;
+};
+struct DlType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct DlTensor {
+  void* data;
+  DlDevice device;
+  int32_t ndim;
+  DlType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DlManagedTensor {
+  DlTensor tensor;
+  void* context;
+  void (*deleter)(DlManagedTensor*);
+};
+
+[[noreturn]] void refuse(const std::string& what) { throw Error(ErrorKind::invalid_argument, what); }
+
+struct Torch {
+  PyObject* tensor_type = nullptr;
+  PyObject* dtypes[kDTypes] = {};
+  PyObject *data_ptr, *numel, *dtype, *is_contiguous, *is_cpu, *layout, *strided;
+};
+
+/// torch's names, once torch is imported; null before that (an array cannot be a tensor then).
+const Torch* torch_names() {
+  static Torch names;
+  if (names.tensor_type != nullptr) return &names;
+  PyObject* modules = PyImport_GetModuleDict();
+  PyObject* torch = PyDict_GetItemString(modules, "torch");
+  if (torch == nullptr || !PyObject_HasAttrString(torch, "Tensor") || !PyObject_HasAttrString(torch, "strided"))
+    return nullptr;
+  for (int i = 0; i < kDTypes; ++i) names.dtypes[i] = PyObject_GetAttrString(torch, name_of(static_cast<DType>(i)));
+  names.data_ptr = PyUnicode_InternFromString("data_ptr");
+  names.numel = PyUnicode_InternFromString("numel");
+  names.dtype = PyUnicode_InternFromString("dtype");
+  names.is_contiguous = PyUnicode_InternFromString("is_contiguous");
+  names.is_cpu = PyUnicode_InternFromString("is_cpu");
+  names.layout = PyUnicode_InternFromString("layout");
+  names.strided = PyObject_GetAttrString(torch, "strided");
+  names.tensor_type = PyObject_GetAttrString(torch, "Tensor");
+  return &names;
+}
+
+PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return object;
+}
+
+ArrayView view_of_tensor(PyObject* tensor, const Torch& torch) {
+  auto attribute = [&](PyObject* name) {
+    return py::reinterpret_steal<py::object>(checked(PyObject_GetAttr(tensor, name)));
+  };
+  auto call = [&](PyObject* name) {
+    return py::reinterpret_steal<py::object>(checked(PyObject_CallMethodNoArgs(tensor, name)));
+  };
+  if (attribute(torch.is_cpu).ptr() != Py_True)
+    refuse("tensor on device " + py::str(py::handle(tensor).attr("device")).cast<std::string>() +
+           ": this build runs collectives on CPU tensors only");
+  if (attribute(torch.layout).ptr() != torch.strided)
+    refuse("tensor of layout " + py::str(py::handle(tensor).attr("layout")).cast<std::string>() +
+           ", expected a dense one");
+  ArrayView view;
+  const py::object dtype = attribute(torch.dtype);
+  int code = 0;
+  while (code < kDTypes && torch.dtypes[code] != dtype.ptr()) ++code;
+  if (code == kDTypes) refuse("dtype " + py::str(dtype).cast<std::string>() + " is not one that collectives take");
+  view.dtype = static_cast<DType>(code);
+  view.count = PyLong_AsSize_t(call(torch.numel).ptr());
+  view.data = PyLong_AsVoidPtr(call(torch.data_ptr).ptr());
+  view.contiguous = call(torch.is_contiguous).ptr() == Py_True;
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return view;
+}
+
+DType dtype_of_format(const char* format, size_t item) {
+  if (*format == '=' || *format == '<' || *format == '@') ++format;
+  switch (*format) {
+    case 'd':
+      return DType::float64;
+    case 'f':
+      return DType::float32;
+    case 'e':
+      return DType::float16;
+    case '?':
+      return DType::boolean;
+    case 'b':
+    case 'h':
+    case 'i':
+    case 'l':
+    case 'q': {
+      const DType by_size[] = {DType::int8, DType::int16, DType::int32, DType::int64};
+      return by_size[item == 1 ? 0 : item == 2 ? 1 : item == 4 ? 2 : 3];
+    }
+    case 'B':
+      return DType::uint8;
+    default:
+      refuse(std::string("array of format '") + format + "' is not one that collectives take");
+  }
+}
+
+ArrayView view_of_buffer(PyObject* object) {
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(object, &buffer, PyBUF_STRIDES | PyBUF_FORMAT) != 0) throw py::error_already_set();
+  ArrayView view;
+  try {
+    view.dtype = dtype_of_format(buffer.format != nullptr ? buffer.format : "B", static_cast<size_t>(buffer.itemsize));
+  } catch (...) {
+    PyBuffer_Release(&buffer);
+    throw;
+  }
+  view.data = buffer.buf;
+  view.count = static_cast<size_t>(buffer.len) / static_cast<size_t>(buffer.itemsize);
+  view.contiguous = PyBuffer_IsContiguous(&buffer, 'C') != 0;
+  view.writable = buffer.readonly == 0;
+  PyBuffer_Release(&buffer);
+  return view;
+}
+
+DType dtype_of_dlpack(DlType type) {
+  if (type.lanes == 1) {
+    if (type.code == 2 && type.bits == 64) return DType::float64;
+    if (type.code == 2 && type.bits == 32) return DType::float32;
+    if (type.code == 2 && type.bits == 16) return DType::float16;
+    if (type.code == 4 && type.bits == 16) return DType::bfloat16;
+    if (type.code == 0 && type.bits == 8) return DType::int8;
+    if (type.code == 0 && type.bits == 16) return DType::int16;
+    if (type.code == 0 && type.bits == 32) return DType::int32;
+    if (type.code == 0 && type.bits == 64) return DType::int64;
+    if (type.code == 1 && type.bits == 8) return DType::uint8;
+    if (type.code == 6) return DType::boolean;
+  }
+  refuse("DLPack type code " + std::to_string(type.code) + " of " + std::to_string(type.bits) +
+         " bits is not one that collectives take");
+}
+
+ArrayView view_of_dlpack(PyObject* object) {
+  const py::object capsule = py::handle(object).attr("__dlpack__")();
+  auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (managed == nullptr) throw py::error_already_set();
+  const DlTensor& tensor = managed->tensor;  // the capsule still owns it, and `object` keeps the memory
+  if (tensor.device.type != 1)
+    refuse("DLPack array on device type " + std::to_string(tensor.device.type) + ", expected the CPU");
+  ArrayView view;
+  view.dtype = dtype_of_dlpack(tensor.dtype);
+  view.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
+  view.count = 1;
+  int64_t expected = 1;
+  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
+    view.count *= static_cast<size_t>(tensor.shape[d]);
+    if (tensor.strides != nullptr && tensor.shape[d] > 1) view.contiguous &= tensor.strides[d] == expected;
+    expected *= tensor.shape[d];
+  }
+  return view;
+}
+
+}  // namespace
+
+ArrayView view_of(PyObject* object) {
+  const Torch* torch = torch_names();
+  if (torch != nullptr) {
+    const int is_tensor = PyObject_IsInstance(object, torch->tensor_type);
+    if (is_tensor < 0) throw py::error_already_set();
+    if (is_tensor == 1) return view_of_tensor(object, *torch);
+  }
+  if (PyObject_CheckBuffer(object) != 0) return view_of_buffer(object);
+  if (PyObject_HasAttrString(object, "__dlpack__") != 0) return view_of_dlpack(object);
+  refuse(std::string("expected a torch tensor, a NumPy array or an object with __dlpack__, got ") +
+         Py_TYPE(object)->tp_name);
+}

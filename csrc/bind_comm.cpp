@@ -1,0 +1,295 @@
+// Communicators, their programs and the handles of asynchronous operations.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "array.h"
+#include "comm/communicator.h"
+#include "register.h"
+
+namespace py = pybind11;
+using namespace paracomm;
+
+namespace {
+
+using IntArray = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+Program make_program(const std::string& name, int collective, int rank, int world_size, int root, int chunks,
+                     int scratch_chunks, int volume, int levels, int pair_depth, uint32_t fingerprint,
+                     const IntArray& ops) {
+  if (ops.ndim() != 2 || ops.shape(1) != 12)
+    throw Error(ErrorKind::invalid_argument, "ops of a program have shape [n, 12]");
+  Program program;
+  program.name = name;
+  program.collective = static_cast<Collective>(collective);
+  program.rank = rank;
+  program.world_size = world_size;
+  program.root = root;
+  program.chunks = chunks;
+  program.scratch_chunks = scratch_chunks;
+  program.volume = volume;
+  program.levels = levels;
+  program.pair_depth = pair_depth;
+  program.fingerprint = fingerprint;
+  const auto table = ops.unchecked<2>();
+  for (py::ssize_t i = 0; i < ops.shape(0); ++i) {
+    Op op;
+    op.kind = static_cast<OpKind>(table(i, 0));
+    op.src = {static_cast<BufferId>(table(i, 1)), table(i, 2), table(i, 3)};
+    op.dst = {static_cast<BufferId>(table(i, 4)), table(i, 5), table(i, 6)};
+    op.peer = table(i, 7);
+    op.level = table(i, 8);
+    op.final = table(i, 9) != 0;
+    op.early_write = table(i, 10) != 0;
+    op.size_chunk = table(i, 11);
+    program.ops.push_back(op);
+  }
+  return program;
+}
+
+Call make_call(int program, uintptr_t input, uintptr_t output, size_t count, int dtype, int op, double timeout_s,
+               std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest_block) {
+  Call call;
+  call.program = program;
+  call.input = reinterpret_cast<const void*>(input);
+  call.output = reinterpret_cast<void*>(output);
+  call.count = count;
+  call.dtype = static_cast<DType>(dtype);
+  call.op = static_cast<ReduceOp>(op);
+  call.timeout_s = timeout_s;
+  call.blocks = std::move(blocks);
+  call.output_blocks = std::move(output_blocks);
+  call.largest_block = largest_block;
+  return call;
+}
+
+/// What the C function below works on; lives as long as the function object.
+struct FastState {
+  std::shared_ptr<Communicator> comm;
+};
+
+/// all_reduce_in_place(array, op) -> True, or None where the Python layer must take over (not contiguous, no schedule
+/// chosen).
+PyObject* fast_all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t n_args) {
+  try {
+    auto* state = static_cast<FastState*>(PyCapsule_GetPointer(self, nullptr));
+    if (state == nullptr || n_args != 2) throw Error(ErrorKind::invalid_argument, "expected (array, op)");
+    const ArrayView view = view_of(args[0]);
+    Call call;
+    call.dtype = view.dtype;
+    call.count = view.count;
+    call.program = state->comm->choose(Collective::all_reduce, -1, view.count * size_of(view.dtype));
+    if (!view.contiguous || !view.writable || call.program < 0) Py_RETURN_NONE;
+    call.input = call.output = view.data;
+    call.op = static_cast<ReduceOp>(PyLong_AsLong(args[1]));
+    {
+      py::gil_scoped_release release;
+      state->comm->run(call);
+    }
+    Py_RETURN_TRUE;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const Error&) {
+    py::detail::try_translate_exceptions();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyMethodDef fast_all_reduce_def = {"all_reduce_in_place",
+                                   reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&fast_all_reduce)),
+                                   METH_FASTCALL, "all_reduce_in_place(array, op)"};
+
+py::object make_fast_all_reduce(std::shared_ptr<Communicator> comm) {
+  auto* state = new FastState{std::move(comm)};
+  const py::capsule capsule(state, [](void* p) { delete static_cast<FastState*>(p); });
+  return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&fast_all_reduce_def, capsule.ptr(), nullptr));
+}
+
+/// Seconds of each of `iterations` in-place float32 sums, timed here, without Python; a barrier program before each.
+std::vector<double> time_all_reduce(Communicator& comm, int program, int barrier, size_t count, int iterations,
+                                    bool arena) {
+  const size_t nbytes = std::max<size_t>(count * sizeof(float), 64);
+  std::vector<std::unique_ptr<float[]>> own;
+  std::vector<void*> buffers;
+  for (int i = 0; i < 2; ++i) {
+    if (!arena) own.push_back(std::make_unique<float[]>(nbytes / sizeof(float)));
+    buffers.push_back(arena ? Arena::process().allocate(nbytes) : own.back().get());
+  }
+  std::vector<double> seconds;
+  Call call, meet;
+  call.program = program;
+  call.count = count;
+  call.dtype = DType::float32;
+  meet.program = barrier;
+  for (int i = 0; i < iterations; ++i) {
+    auto* x = static_cast<float*>(buffers[static_cast<size_t>(i % 2)]);
+    std::fill(x, x + count, 1.0f);
+    call.input = call.output = x;
+    if (barrier >= 0) comm.run(meet);
+    const auto start = std::chrono::steady_clock::now();
+    comm.run(call);
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    if (count > 0 && (x[0] != static_cast<float>(comm.world_size()) || x[count - 1] != x[0]))
+      throw Error(ErrorKind::error, "all_reduce gave a wrong sum while it was timed");
+  }
+  if (arena)
+    for (void* p : buffers) Arena::process().release(p);
+  return seconds;
+}
+
+}  // namespace
+
+void register_comm(py::module_& m) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+
+  m.def(
+      "view",
+      [](py::handle object) {
+        const ArrayView v = view_of(object.ptr());
+        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), v.count, static_cast<int>(v.dtype), v.contiguous,
+                              v.writable);
+      },
+      py::arg("array"), "(address, count, dtype, contiguous, writable) of a CPU array.");
+
+  py::class_<Program>(m, "Program")
+      .def(py::init(&make_program), py::kw_only(), py::arg("name"), py::arg("collective"), py::arg("rank"),
+           py::arg("world_size"), py::arg("root"), py::arg("chunks"), py::arg("scratch_chunks"), py::arg("volume"),
+           py::arg("levels"), py::arg("pair_depth"), py::arg("fingerprint"), py::arg("ops"));
+
+  py::class_<Listener>(m, "Listener")
+      .def(py::init([](const std::string& interface, const std::string& master_address, const std::string& host_id) {
+             ListenerOptions options;
+             options.interface = interface;
+             options.master_address = master_address;
+             options.host_id = host_id;
+             return std::make_unique<Listener>(std::move(options));
+           }),
+           py::kw_only(), py::arg("interface") = "", py::arg("master_address") = "", py::arg("host_id") = "")
+      .def("publish", [](const Listener& listener) { return py::bytes(listener.publish()); })
+      .def_property_readonly("ip", [](const Listener& listener) { return listener.address().ip; })
+      .def_property_readonly("host_id", [](const Listener& listener) { return listener.address().host_id; });
+
+  py::class_<Work, std::shared_ptr<Work>>(m, "Work")
+      .def("wait", &Work::wait, py::arg("timeout_s") = -1.0, nogil)
+      .def("done", &Work::done);
+
+  auto options = [](double timeout_s, size_t window_bytes, size_t staging_bytes, int sockets_per_peer, int cores) {
+    CommOptions o;
+    o.timeout_s = timeout_s;
+    if (window_bytes > 0) o.window_bytes = window_bytes;
+    if (staging_bytes > 0) o.staging_bytes = staging_bytes;
+    if (sockets_per_peer > 0) o.sockets_per_peer = sockets_per_peer;
+    o.cores = cores;
+    return o;
+  };
+  m.def(
+      "connect",
+      [options](int rank, Listener& listener, const std::vector<std::string>& blobs, double connect_timeout_s,
+                double timeout_s, size_t window_bytes, size_t staging_bytes, int sockets_per_peer, int cores) {
+        py::gil_scoped_release release;
+        return Communicator::connect(rank, listener, blobs,
+                                     options(timeout_s, window_bytes, staging_bytes, sockets_per_peer, cores),
+                                     Deadline::after(connect_timeout_s));
+      },
+      py::arg("rank"), py::arg("listener"), py::arg("blobs"), py::kw_only(), py::arg("connect_timeout_s"),
+      py::arg("timeout_s"), py::arg("window_bytes") = 0, py::arg("staging_bytes") = 0, py::arg("sockets_per_peer") = 0,
+      py::arg("cores") = 0);
+  m.def(
+      "local_communicators",
+      [options](int world_size, double timeout_s, size_t window_bytes) {
+        return Communicator::local(world_size, options(timeout_s, window_bytes, 0, 0, 0));
+      },
+      py::arg("world_size"), py::kw_only(), py::arg("timeout_s"), py::arg("window_bytes") = 0);
+
+  auto call_args = [](auto& cls, const char* name, auto function, auto... extra) {
+    cls.def(name, function, py::arg("program"), py::arg("input"), py::arg("output"), py::arg("count"), py::arg("dtype"),
+            py::arg("op"), py::arg("timeout_s") = -1.0, py::arg("blocks") = std::vector<size_t>{},
+            py::arg("output_blocks") = std::vector<size_t>{}, py::arg("largest_block") = 0, extra...);
+  };
+  py::class_<Communicator, std::shared_ptr<Communicator>> cls(m, "Communicator");
+  cls.def_property_readonly("rank", &Communicator::rank)
+      .def_property_readonly("world_size", &Communicator::world_size)
+      .def_property_readonly("hosts", &Communicator::hosts)
+      .def_property_readonly("host_indices", &Communicator::host_indices)
+      .def_property_readonly("local_ranks", &Communicator::local_ranks)
+      .def_property_readonly("cores", [](const Communicator& c) { return c.options().cores; })
+      .def_property_readonly("timeout_s", [](const Communicator& c) { return c.options().timeout_s; })
+      .def("add_program", &Communicator::add_program, py::arg("program"))
+      .def(
+          "set_choice",
+          [](Communicator& c, int collective, int root, std::vector<std::pair<size_t, int>> entries) {
+            c.set_choice(static_cast<Collective>(collective), root, std::move(entries));
+          },
+          py::arg("collective"), py::arg("root"), py::arg("entries"))
+      .def(
+          "choose",
+          [](const Communicator& c, int collective, int root, size_t nbytes) {
+            return c.choose(static_cast<Collective>(collective), root, nbytes);
+          },
+          py::arg("collective"), py::arg("root"), py::arg("nbytes"))
+      .def(
+          "send",
+          [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s) {
+            return c.send(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s);
+          },
+          py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0)
+      .def(
+          "recv",
+          [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s) {
+            return c.recv(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s);
+          },
+          py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0)
+      .def("abort", &Communicator::abort, py::arg("why"), nogil)
+      .def("close", &Communicator::close, nogil)
+      .def("check", &Communicator::check)
+      .def("bytes_sent", &Communicator::bytes_sent, py::arg("peer"))
+      .def("transport", &Communicator::transport, py::arg("peer"))
+      .def("seconds_waiting", &Communicator::seconds_waiting)
+      .def("fast_all_reduce", &make_fast_all_reduce)
+      .def("time_all_reduce", &time_all_reduce, py::arg("program"), py::arg("barrier"), py::arg("count"),
+           py::arg("iterations"), py::arg("arena"), nogil);
+  call_args(
+      cls, "run",
+      [](Communicator& c, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op, double timeout_s,
+         std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest) {
+        c.run(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks), std::move(output_blocks),
+                        largest));
+      },
+      nogil);
+  call_args(cls, "submit",
+            [](Communicator& c, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op,
+               double timeout_s, std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest) {
+              return c.submit(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
+                                        std::move(output_blocks), largest));
+            });
+  call_args(cls, "dump_plan",
+            [](Communicator& c, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op,
+               double timeout_s, std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest) {
+              return c.dump_plan(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
+                                           std::move(output_blocks), largest));
+            });
+
+  py::class_<Arena, std::unique_ptr<Arena, py::nodelete>>(m, "Arena")
+      .def_static("process", &Arena::process, py::return_value_policy::reference)
+      .def(
+          "allocate",
+          [](Arena& arena, size_t nbytes) {
+            void* const p = arena.allocate(nbytes);
+            // A writable buffer that gives its pages back with its last reference; NumPy and torch hold on to it.
+            const py::capsule owner(p, [](void* q) { Arena::process().release(q); });
+            return py::array_t<uint8_t>({static_cast<py::ssize_t>(nbytes)}, {1}, static_cast<uint8_t*>(p), owner);
+          },
+          py::arg("nbytes"), "uint8 array [nbytes], zeroed")
+      .def(
+          "contains",
+          [](const Arena& arena, uintptr_t p, size_t nbytes) {
+            return arena.contains(reinterpret_cast<const void*>(p), nbytes);
+          },
+          py::arg("address"), py::arg("nbytes"))
+      .def_property_readonly("bytes_in_use", &Arena::bytes_in_use)
+      .def_property_readonly("size", [](const Arena& arena) { return arena.mapping().size(); });
+}

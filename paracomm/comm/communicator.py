@@ -1,0 +1,469 @@
+"""The communicator: collectives over arrays, on every rank of a group."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from paracomm import _C
+from paracomm.comm import programs
+from paracomm.comm.arrays import DTYPE_NAMES, View, arena_array, assign, contiguous, empty_like, view
+from paracomm.comm.work import Work
+from paracomm.errors import InvalidArgument, Mismatch
+from paracomm.schedule import Schedule, build
+
+_SUM = _C.REDUCE_OPS["sum"]
+_open: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for comm in list(_open):
+        comm.close()
+
+
+class Communicator:
+    """A group of ranks. All ranks call the same collectives in the same order.
+
+    Arrays are torch CPU tensors, NumPy arrays, or objects with `__dlpack__`, of float64/32/16, bfloat16, int8/16/32/64,
+    uint8 or bool. Reductions: sum, prod, min, max, avg, band, bor, bxor; 16-bit floats accumulate in float32. Each method
+    takes `async_op=True` for a `Work` instead of the result, `algorithm=` for a schedule by name or a `Schedule`, and
+    `timeout_s=` for another timeout than the communicator's.
+
+    Every method raises, on every surviving rank: PeerLost (a rank died or left), Timeout, Mismatch (ranks called
+    different things); and at once, before anything is sent: InvalidArgument. After the first three the communicator is of
+    no further use.
+    """
+
+    def __init__(self, core: _C.Communicator, table: dict[str, Any] | None = None, settings: tuple[Any, ...] = ()):
+        self._core = core
+        self._table = table
+        self._settings = settings
+        self._programs: dict[Any, int] = {}
+        self._fast_all_reduce = core.fast_all_reduce()
+        self.rank: int = core.rank
+        self.world_size: int = core.world_size
+        if self.world_size > 0:
+            self._choose("all_reduce", None, 0)
+        _open.add(self)
+
+    # --- who is here ---
+    @property
+    def hosts(self) -> list[str]:
+        """Host name of every rank."""
+        return list(self._core.hosts)
+
+    @property
+    def host_indices(self) -> list[int]:
+        """Number of every rank's host, in order of first appearance."""
+        return list(self._core.host_indices)
+
+    @property
+    def local_ranks(self) -> list[int]:
+        """Ranks that share memory with this one, itself included."""
+        return list(self._core.local_ranks)
+
+    def transport(self, peer: int) -> str:
+        """"shm", "tcp", "local" or "self": how this rank reaches `peer`."""
+        return str(self._core.transport(peer))
+
+    def bytes_sent(self, peer: int) -> int:
+        """Bytes of payload sent to `peer` so far."""
+        return int(self._core.bytes_sent(peer))
+
+    def seconds_waiting(self) -> float:
+        """Seconds that collectives spent waiting for peers so far."""
+        return float(self._core.seconds_waiting())
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank={self.rank}, world_size={self.world_size}, hosts={len(set(self.host_indices))})"
+
+    # --- schedules ---
+    def _program(self, schedule: Schedule) -> int:
+        key = (schedule.collective, schedule.name, schedule.root, schedule.fingerprint)
+        if key not in self._programs:
+            if schedule.world_size != self.world_size:
+                raise InvalidArgument(
+                    f"schedule [{schedule.name}] is for {schedule.world_size} ranks, the communicator has {self.world_size}"
+                )
+            self._programs[key] = self._core.add_program(programs.bind(schedule, self.rank))
+        return self._programs[key]
+
+    def _choose(self, collective: str, root: int | None, nbytes: int) -> int:
+        code, where = _C.COLLECTIVES[collective], -1 if root is None else root
+        found = self._core.choose(code, where, nbytes)
+        if found >= 0:
+            return int(found)
+        entries = []
+        for choice in programs.choices(self._table, collective, self._core.host_indices):
+            schedule = build(collective, choice.algorithm, self.world_size, root, **choice.params)
+            entries.append((choice.max_nbytes, self._program(schedule)))
+        self._core.set_choice(code, where, entries)
+        return int(self._core.choose(code, where, nbytes))
+
+    def _select(self, collective: str, root: int | None, nbytes: int, algorithm: str | Schedule | None) -> int:
+        if root is not None and not 0 <= root < self.world_size:
+            raise InvalidArgument(f"{collective}: root must be in 0..{self.world_size - 1}, got {root}")
+        if algorithm is None:
+            return self._choose(collective, root, nbytes)
+        if isinstance(algorithm, str):
+            params = {"hosts": self.host_indices} if algorithm == "hierarchical" else {}
+            algorithm = build(collective, algorithm, self.world_size, root, **params)
+        if algorithm.collective != collective:
+            raise InvalidArgument(f"{collective} was given a schedule of {algorithm.collective}")
+        return self._program(algorithm)
+
+    def _run(
+        self, program: int, source: int, target: int, count: int, dtype: int, op: int, timeout_s: float | None,
+        async_op: bool, result: Any, keep: tuple[Any, ...], finish: Callable[[], None] | None = None,
+        blocks: Sequence[int] = (), output_blocks: Sequence[int] = (), largest_block: int = 0,
+    ) -> Any:  # fmt: skip
+        limit = -1.0 if timeout_s is None else float(timeout_s)
+        arguments = (program, source, target, count, dtype, op, limit, list(blocks), list(output_blocks), largest_block)
+        if async_op:
+            return Work(self._core.submit(*arguments), result, keep, finish)
+        self._core.run(*arguments)
+        if finish is not None:
+            finish()
+        return result
+
+    # --- collectives ---
+    def all_reduce(
+        self, x: Any, op: str = "sum", *, out: Any = None, async_op: bool = False,
+        algorithm: str | Schedule | None = None, timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """The reduction of every rank's x, on every rank: into `out` (shape and dtype of x) or, without it, into x."""
+        code = _op_code(op)
+        if out is None and not async_op and algorithm is None and timeout_s is None:
+            if self._fast_all_reduce(x, code):
+                return x
+        source, v = _readable(x)
+        target, w, finish = (source, v, _write_back(x, source)) if out is None else _writable(out)
+        _same("all_reduce", v, w, v.count)
+        program = self._select("all_reduce", None, v.nbytes, algorithm)
+        result = x if out is None else out
+        return self._run(program, v.address, w.address, v.count, v.dtype, code, timeout_s, async_op, result,
+                         (source, target, x, out), finish)  # fmt: skip
+
+    def reduce(
+        self, x: Any, root: int = 0, op: str = "sum", *, out: Any = None, async_op: bool = False,
+        algorithm: str | Schedule | None = None, timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """The reduction of every rank's x, on the root: into `out` or, without it, into the root's x. Others keep theirs."""
+        source, v = _readable(x)
+        program = self._select("reduce", root, v.nbytes, algorithm)
+        if self.rank != root:
+            return self._run(program, v.address, 0, v.count, v.dtype, _op_code(op), timeout_s, async_op, x, (source, x))
+        target, w, finish = (source, v, _write_back(x, source)) if out is None else _writable(out)
+        _same("reduce", v, w, v.count)
+        return self._run(program, v.address, w.address, v.count, v.dtype, _op_code(op), timeout_s, async_op,
+                         x if out is None else out, (source, target, x, out), finish)  # fmt: skip
+
+    def broadcast(
+        self, x: Any, root: int = 0, *, async_op: bool = False, algorithm: str | Schedule | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """Overwrites x on every rank with the root's."""
+        source, v = _readable(x)
+        program = self._select("broadcast", root, v.nbytes, algorithm)
+        finish = None if self.rank == root else _write_back(x, source)
+        return self._run(program, v.address, v.address, v.count, v.dtype, _SUM, timeout_s, async_op, x, (source, x), finish)
+
+    def all_gather(
+        self, x: Any, *, out: Any = None, async_op: bool = False, algorithm: str | Schedule | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """Every rank's x, stacked: [world_size, *x.shape] (or `out`, of as many elements). In place: x is out's own block."""
+        source, v = _readable(x)
+        if out is None:
+            out = empty_like(x, (self.world_size, *x.shape))
+        target, w, finish = _writable(out)
+        _same("all_gather", v, w, v.count * self.world_size)
+        program = self._select("all_gather", None, w.nbytes, algorithm)
+        return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
+                         (source, target, x, out), finish)  # fmt: skip
+
+    def all_gather_v(
+        self, x: Any, *, out: Any = None, rows: Sequence[int] | None = None, async_op: bool = False,
+        algorithm: str | Schedule | None = None, timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """Every rank's x, one after the other along dimension 0; the lengths may differ.
+
+        Args:
+            rows: every rank's x.shape[0]; None: they are exchanged first.
+        """
+        source, v = _readable(x)
+        rows = self._rows(x.shape[0]) if rows is None else list(rows)
+        width = math.prod(x.shape[1:])
+        if len(rows) != self.world_size or rows[self.rank] != x.shape[0]:
+            raise InvalidArgument(f"all_gather_v: rows {rows} do not fit x of shape {tuple(x.shape)} on rank {self.rank}")
+        if out is None:
+            out = empty_like(x, (sum(rows), *x.shape[1:]))
+        target, w, finish = _writable(out)
+        _same("all_gather_v", v, w, sum(rows) * width)
+        program = self._select("all_gather", None, w.nbytes, algorithm)
+        return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
+                         (source, target, x, out), finish, blocks=[r * width for r in rows])  # fmt: skip
+
+    def reduce_scatter(
+        self, x: Any, op: str = "sum", *, out: Any = None, async_op: bool = False,
+        algorithm: str | Schedule | None = None, timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """This rank's block of the reduction of every rank's x, which is cut into world_size equal blocks along dimension 0:
+        [x.shape[0] / world_size, ...] (or `out`, of as many elements; it may be x's own block). x is kept otherwise."""
+        source, v = _readable(x)
+        if v.count % self.world_size:
+            raise InvalidArgument(f"reduce_scatter: {v.count} elements do not divide into {self.world_size} equal blocks")
+        if out is None:
+            out = empty_like(x, _block_shape("reduce_scatter", x.shape, self.world_size))
+        target, w, finish = _writable(out)
+        _same("reduce_scatter", v, w, v.count // self.world_size)
+        program = self._select("reduce_scatter", None, v.nbytes, algorithm)
+        return self._run(program, v.address, w.address, v.count, v.dtype, _op_code(op), timeout_s, async_op, out,
+                         (source, target, x, out), finish)  # fmt: skip
+
+    def reduce_scatter_v(
+        self, x: Any, rows: Sequence[int], op: str = "sum", *, out: Any = None, async_op: bool = False,
+        algorithm: str | Schedule | None = None, timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """Like reduce_scatter with blocks of rows[r] rows for rank r."""
+        source, v = _readable(x)
+        rows, width = list(rows), math.prod(x.shape[1:])
+        if len(rows) != self.world_size or sum(rows) != x.shape[0]:
+            raise InvalidArgument(f"reduce_scatter_v: rows {rows} do not fit x of shape {tuple(x.shape)}")
+        if out is None:
+            out = empty_like(x, (rows[self.rank], *x.shape[1:]))
+        target, w, finish = _writable(out)
+        _same("reduce_scatter_v", v, w, rows[self.rank] * width)
+        program = self._select("reduce_scatter", None, v.nbytes, algorithm)
+        return self._run(program, v.address, w.address, v.count, v.dtype, _op_code(op), timeout_s, async_op, out,
+                         (source, target, x, out), finish, blocks=[r * width for r in rows])  # fmt: skip
+
+    def all_to_all(
+        self, x: Any, *, out: Any = None, async_op: bool = False, algorithm: str | Schedule | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """x is cut into world_size equal blocks along dimension 0 and block r goes to rank r; the result (shape of x, or
+        `out`) holds what came from rank r in block r."""
+        source, v = _readable(x)
+        if v.count % self.world_size:
+            raise InvalidArgument(f"all_to_all: {v.count} elements do not divide into {self.world_size} equal blocks")
+        if out is None:
+            out = empty_like(x, x.shape)
+        target, w, finish = _writable(out)
+        _same("all_to_all", v, w, v.count)
+        if v.address < w.address + w.nbytes and w.address < v.address + v.nbytes:
+            source = _copy(source)
+            v = view(source)
+        program = self._select("all_to_all", None, v.nbytes, algorithm)
+        return self._run(program, v.address, w.address, v.count, v.dtype, _SUM, timeout_s, async_op, out,
+                         (source, target, x, out), finish)  # fmt: skip
+
+    def all_to_all_v(
+        self, x: Any, send_rows: Sequence[int], recv_rows: Sequence[int] | None = None, *, out: Any = None,
+        async_op: bool = False, algorithm: str | Schedule | None = None, timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """Like all_to_all with blocks of send_rows[r] rows for rank r and recv_rows[r] rows from it (None: they are
+        exchanged first)."""
+        source, v = _readable(x)
+        send_rows, width = list(send_rows), math.prod(x.shape[1:])
+        if len(send_rows) != self.world_size or sum(send_rows) != x.shape[0]:
+            raise InvalidArgument(f"all_to_all_v: send_rows {send_rows} do not fit x of shape {tuple(x.shape)}")
+        if recv_rows is None:
+            recv_rows = self.all_to_all(np.array(send_rows, np.int64)).tolist()
+        recv_rows = list(recv_rows)
+        if out is None:
+            out = empty_like(x, (sum(recv_rows), *x.shape[1:]))
+        target, w, finish = _writable(out)
+        _same("all_to_all_v", v, w, sum(recv_rows) * width)
+        if v.address < w.address + w.nbytes and w.address < v.address + v.nbytes:
+            source = _copy(source)
+            v = view(source)
+        # All ranks cut into as many slices as the largest block of any rank needs.
+        largest = np.array([max([*send_rows, *recv_rows], default=0) * width], np.int64)
+        self.all_reduce(largest, "max")
+        program = self._select("all_to_all", None, int(largest[0]) * self.world_size, algorithm)
+        return self._run(program, v.address, w.address, 0, v.dtype, _SUM, timeout_s, async_op, out,
+                         (source, target, x, out), finish, blocks=[r * width for r in send_rows],
+                         output_blocks=[r * width for r in recv_rows], largest_block=int(largest[0]))  # fmt: skip
+
+    def gather(
+        self, x: Any, root: int = 0, *, out: Any = None, async_op: bool = False,
+        algorithm: str | Schedule | None = None, timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """Every rank's x, stacked on the root: [world_size, *x.shape] (or `out`). None elsewhere."""
+        source, v = _readable(x)
+        program = self._select("gather", root, v.nbytes * self.world_size, algorithm)
+        if self.rank != root:
+            return self._run(program, v.address, 0, v.count * self.world_size, v.dtype, _SUM, timeout_s, async_op, None,
+                             (source, x))  # fmt: skip
+        if out is None:
+            out = empty_like(x, (self.world_size, *x.shape))
+        target, w, finish = _writable(out)
+        _same("gather", v, w, v.count * self.world_size)
+        return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
+                         (source, target, x, out), finish)  # fmt: skip
+
+    def scatter(
+        self, x: Any = None, root: int = 0, *, out: Any = None, async_op: bool = False,
+        algorithm: str | Schedule | None = None, timeout_s: float | None = None,
+    ) -> Any:  # fmt: skip
+        """This rank's block of the root's x, which is cut into world_size equal blocks along dimension 0, into `out`.
+        x counts on the root only; `out` may be left out there only."""
+        if self.rank == root and x is None:
+            raise InvalidArgument("scatter: the root needs x")
+        if self.rank == root and out is None:
+            out = empty_like(x, _block_shape("scatter", x.shape, self.world_size))
+        if out is None:
+            raise InvalidArgument(f"scatter: rank {self.rank} is not the root {root} and needs out")
+        target, w, finish = _writable(out)
+        program = self._select("scatter", root, w.nbytes * self.world_size, algorithm)
+        source, address = None, 0
+        if self.rank == root:
+            source, v = _readable(x)
+            _same("scatter", v, w, w.count, v.count // self.world_size if v.count % self.world_size == 0 else -1)
+            address = v.address
+        return self._run(program, address, w.address, w.count * self.world_size, w.dtype, _SUM, timeout_s, async_op, out,
+                         (source, target, x, out), finish)  # fmt: skip
+
+    def barrier(
+        self, *, async_op: bool = False, algorithm: str | Schedule | None = None, timeout_s: float | None = None
+    ) -> Any:
+        """Returns when every rank has called it."""
+        program = self._select("barrier", None, 0, algorithm)
+        return self._run(program, 0, 0, 0, _C.DTYPES["uint8"], _SUM, timeout_s, async_op, None, ())
+
+    # --- point to point ---
+    def send(self, x: Any, peer: int, *, async_op: bool = False, timeout_s: float | None = None) -> Any:
+        """Sends x to `peer`, which calls recv. Messages of a pair arrive in order; everything posted moves at once."""
+        source, v = _readable(x)
+        limit = -1.0 if timeout_s is None else float(timeout_s)
+        work = Work(self._core.send(v.address, v.nbytes, v.dtype, peer, limit), x, (source, x))
+        return work if async_op else work.wait()
+
+    def recv(self, x: Any, peer: int, *, async_op: bool = False, timeout_s: float | None = None) -> Any:
+        """Overwrites x with what `peer` sends; count and dtype must be the sender's."""
+        target, w, finish = _writable(x)
+        limit = -1.0 if timeout_s is None else float(timeout_s)
+        work = Work(self._core.recv(w.address, w.nbytes, w.dtype, peer, limit), x, (target, x), finish)
+        return work if async_op else work.wait()
+
+    # --- memory, groups, ends ---
+    def empty(self, shape: int | Sequence[int], dtype: Any = None, *, like: str | None = None) -> Any:
+        """A zeroed array that local peers have mapped, so that collectives on it copy nothing more than they must.
+
+        Args:
+            dtype: torch's or NumPy's; None: float32.
+            like: "torch" or "numpy"; None: torch if it is loaded (and dtype is not NumPy's).
+        """
+        return arena_array(shape, dtype, like)
+
+    def exchange(self, blob: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order."""
+        mine = np.frombuffer(blob, np.uint8)
+        gathered = self.all_gather_v(mine)
+        ends = list(itertools.accumulate(self._last_rows, initial=0))
+        return [gathered[lo:hi].tobytes() for lo, hi in itertools.pairwise(ends)]
+
+    def _rows(self, mine: int) -> list[int]:
+        self._last_rows: list[int] = self.all_gather(np.array([mine], np.int64)).ravel().tolist()
+        return self._last_rows
+
+    def split(self, color: int | None, key: int = 0) -> Communicator | None:
+        """A communicator of the ranks that give the same color, ordered by (key, rank); None for color None. Collective."""
+        from paracomm.comm.connect import connect
+
+        mine = np.array([-1 if color is None else color, key], np.int64)
+        if color is not None and color < 0:
+            raise InvalidArgument(f"split: color must be None or not negative, got {color}")
+        everyone = self.all_gather(mine).tolist()
+        if color is None:
+            self.exchange(b"")
+            self.exchange(b"")
+            return None
+        members = sorted((k, r) for r, (c, k) in enumerate(everyone) if c == color)
+        ranks = [r for _, r in members]
+        transport, interface, master_address, host_id, connect_timeout_s, tuning = self._settings
+        return connect(
+            ranks.index(self.rank), len(ranks), lambda blob: [self.exchange(blob)[r] for r in ranks],
+            transport=transport, timeout_s=self._core.timeout_s, connect_timeout_s=connect_timeout_s, interface=interface,
+            master_address=master_address, host_id=host_id, **tuning,
+        )  # fmt: skip
+
+    def abort(self, why: str = "abort() was called") -> None:
+        """Gives up on every rank: whoever waits, here and elsewhere, raises Error."""
+        self._core.abort(f"rank {self.rank}: {why}")
+
+    def close(self) -> None:
+        """Leaves. Peers that still need this rank raise PeerLost. Calling it again does nothing."""
+        self._core.close()
+        _open.discard(self)
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- measuring ---
+    def native_time_all_reduce(
+        self, nbytes: int, iterations: int, arena: bool = False, algorithm: str | None = None
+    ) -> list[float]:
+        """Seconds of each of `iterations` in-place float32 sums of nbytes, timed inside the core; collective."""
+        program = self._select("all_reduce", None, nbytes, algorithm)
+        barrier = self._select("barrier", None, 0, None)
+        return list(self._core.time_all_reduce(program, barrier, max(1, nbytes // 4), iterations, arena))
+
+
+def _op_code(op: str) -> int:
+    code = _C.REDUCE_OPS.get(op)
+    if code is None:
+        raise InvalidArgument(f"unknown reduction {op!r}: expected one of {', '.join(_C.REDUCE_OPS)}")
+    return int(code)
+
+
+def _readable(x: Any) -> tuple[Any, View]:
+    source = contiguous(x)
+    return source, view(source)
+
+
+def _writable(x: Any) -> tuple[Any, View, Callable[[], None] | None]:
+    found = view(x)
+    if not found.writable:
+        raise InvalidArgument("the output array is read-only")
+    if found.contiguous:
+        return x, found, None
+    target = empty_like(x, x.shape)
+    return target, view(target), lambda: assign(x, target)
+
+
+def _write_back(x: Any, source: Any) -> Callable[[], None] | None:
+    if not view(x).writable:
+        raise InvalidArgument("the array is read-only, so the result cannot be put into it")
+    return None if source is x else lambda: assign(x, source)
+
+
+def _copy(x: Any) -> Any:
+    twin = empty_like(x, x.shape)
+    assign(twin, x)
+    return twin
+
+
+def _same(what: str, v: View, w: View, expected: int, found: int | None = None) -> None:
+    if v.dtype != w.dtype:
+        raise InvalidArgument(f"{what}: input is {DTYPE_NAMES[v.dtype]}, output is {DTYPE_NAMES[w.dtype]}")
+    found = w.count if found is None else found
+    if found != expected:
+        raise InvalidArgument(f"{what}: output has {found} elements, expected {expected}")
+
+
+def _block_shape(what: str, shape: Sequence[int], world_size: int) -> tuple[int, ...]:
+    if not shape or shape[0] % world_size:
+        raise InvalidArgument(f"{what}: dimension 0 of shape {tuple(shape)} is not a multiple of world_size {world_size}")
+    return (shape[0] // world_size, *shape[1:])

@@ -1,0 +1,49 @@
+"""The handle of an asynchronous operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from paracomm import _C
+
+
+class Work:
+    """An operation under way. Its arrays must stay as they are until `wait()` returned or `done()` is true."""
+
+    def __init__(self, core: _C.Work, result: Any, keep: tuple[Any, ...], finish: Callable[[], None] | None = None):
+        self._core = core
+        self._result = result
+        self._keep = keep  # the memory that the operation uses
+        self._finish = finish
+
+    def wait(self, timeout_s: float | None = None) -> Any:
+        """Blocks until the operation is complete and returns its result array. A waiting thread runs the operation itself.
+
+        Raises:
+            Timeout: not complete after `timeout_s` seconds (None: the operation's own timeout). The communicator is of
+                no further use then, on any rank: the operation still had the caller's memory in use.
+            PeerLost, Mismatch, Error: what the operation failed with, on every call.
+        """
+        self._core.wait(-1.0 if timeout_s is None else float(timeout_s))
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+        self._keep = ()
+        return self._result
+
+    def done(self) -> bool:
+        """True when the operation is complete or has failed. Never blocks."""
+        return self._core.done()
+
+    test = done
+
+    def exception(self) -> BaseException | None:
+        """What the operation failed with; None while it runs and when it succeeded. Never blocks."""
+        if not self._core.done():
+            return None
+        try:
+            self._core.wait(0.0)
+        except Exception as error:
+            return error
+        return None

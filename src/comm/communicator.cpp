@@ -1,0 +1,397 @@
+#include "comm/communicator.h"
+
+#include <sched.h>
+
+#include <algorithm>
+
+#include "comm/point_to_point.h"
+#include "comm/queue.h"
+
+namespace paracomm {
+
+struct Communicator::LocalGroup {
+  std::mutex mutex;
+  std::vector<Communicator*> members;
+};
+
+namespace {
+
+size_t mix(size_t hash, size_t value) noexcept { return (hash ^ value) * 0x9E3779B97F4A7C15ull + (hash >> 29); }
+
+/// Tiles in flight need room: three windows of staging and one to spare.
+size_t window(const CommOptions& options) noexcept { return std::min(options.window_bytes, options.staging_bytes / 4); }
+
+int usable_cores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
+  return std::max(CPU_COUNT(&set), 1);
+}
+
+}  // namespace
+
+Communicator::Communicator(int rank, int world_size, const CommOptions& options, std::vector<std::string> hosts)
+    : rank_(rank),
+      world_size_(world_size),
+      options_(options),
+      hosts_(std::move(hosts)),
+      generation_(fork_generation()) {
+  if (options_.cores <= 0) options_.cores = usable_cores();
+  interruption_.left = std::make_unique<std::atomic<bool>[]>(static_cast<size_t>(world_size));
+}
+
+Patience Communicator::patience() const {
+  // A rank that spins on a core that its peer needs keeps the peer from answering.
+  if (static_cast<int>(local_ranks_.size()) > options_.cores) return {20, 400};
+  return {4000, 100};
+}
+
+void Communicator::start(std::vector<std::unique_ptr<Endpoint>> endpoints, std::vector<int> which,
+                         std::vector<std::unique_ptr<Endpoint>> p2p_endpoints) {
+  endpoints_ = std::move(endpoints);
+  p2p_endpoints_ = std::move(p2p_endpoints);
+  which_ = std::move(which);
+  std::vector<Endpoint*> by_rank, p2p_by_rank;
+  for (int which_one : which_) {
+    by_rank.push_back(which_one < 0 ? nullptr : endpoints_[static_cast<size_t>(which_one)].get());
+    p2p_by_rank.push_back(which_one < 0 ? nullptr : p2p_endpoints_[static_cast<size_t>(which_one)].get());
+  }
+  executor_ = std::make_unique<HostExecutor>(rank_, by_rank, hosts_, patience(), interruption_);
+  queue_ = std::make_shared<CollectiveQueue>(*this);
+  p2p_ = std::make_shared<PointToPoint>(*this, p2p_by_rank, patience());
+}
+
+std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener, const std::vector<std::string>& blobs,
+                                                    const CommOptions& options, Deadline deadline) {
+  const int world_size = static_cast<int>(blobs.size());
+  if (rank < 0 || rank >= world_size)
+    throw Error(ErrorKind::invalid_argument,
+                "rank " + std::to_string(rank) + " is not in a world of " + std::to_string(world_size));
+  std::vector<Address> addresses;
+  std::vector<std::string> hosts;
+  for (const std::string& blob : blobs) {
+    addresses.push_back(Address::parse(blob));
+    hosts.push_back(addresses.back().hostname);
+  }
+  std::shared_ptr<Communicator> comm(new Communicator(rank, world_size, options, hosts));
+  for (int r = 0; r < world_size; ++r) {
+    const auto first =
+        std::find_if(addresses.begin(), addresses.end(),
+                     [&](const Address& a) { return a.host_id == addresses[static_cast<size_t>(r)].host_id; }) -
+        addresses.begin();
+    comm->host_indices_.push_back(
+        first == r ? (r == 0 ? 0 : *std::max_element(comm->host_indices_.begin(), comm->host_indices_.end()) + 1)
+                   : comm->host_indices_[static_cast<size_t>(first)]);
+  }
+  for (int r = 0; r < world_size; ++r)
+    if (comm->host_indices_[static_cast<size_t>(r)] == comm->host_indices_[static_cast<size_t>(rank)])
+      comm->local_ranks_.push_back(r);
+  const int n_local = static_cast<int>(comm->local_ranks_.size());
+  auto local_rank = [&](int r) {
+    return static_cast<int>(std::find(comm->local_ranks_.begin(), comm->local_ranks_.end(), r) -
+                            comm->local_ranks_.begin());
+  };
+
+  std::vector<PeerSockets> sockets = listener.connect(rank, blobs, deadline, options.sockets_per_peer + 1);
+  // Collectives and point-to-point have a queue of their own each: neither waits for the other's order.
+  const MemoryOptions memory{options.staging_bytes}, p2p_memory{1 << 20};
+  std::vector<int> which(static_cast<size_t>(world_size), -1);
+  std::vector<std::unique_ptr<Endpoint>> endpoints, p2p_endpoints;
+  if (n_local > 1) {
+    auto own = std::make_shared<Segment>(n_local, memory, true);
+    auto p2p_own = std::make_shared<Segment>(n_local, p2p_memory, true);
+    for (const PeerSockets& peer : sockets)
+      if (peer.same_host)
+        for (int fd : {own->fd(), p2p_own->fd(), Arena::process().mapping().fd()}) send_fd(peer.control, fd, deadline);
+    std::vector<MemoryPeer> peers, p2p_peers;
+    for (const PeerSockets& peer : sockets) {
+      if (!peer.same_host) continue;
+      auto segment = std::make_shared<Segment>(n_local, memory, recv_fd(peer.control, deadline));
+      auto p2p_segment = std::make_shared<Segment>(n_local, p2p_memory, recv_fd(peer.control, deadline));
+      auto arena = map_shared(recv_fd(peer.control, deadline));
+      peers.push_back({peer.rank, local_rank(peer.rank), std::move(segment), arena});
+      p2p_peers.push_back({peer.rank, local_rank(peer.rank), std::move(p2p_segment), arena});
+      which[static_cast<size_t>(peer.rank)] = static_cast<int>(endpoints.size());
+    }
+    const int mine = local_rank(rank);
+    endpoints.push_back(
+        std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, own, nullptr}, std::move(peers), world_size, memory));
+    p2p_endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, p2p_own, nullptr},
+                                                             std::move(p2p_peers), world_size, p2p_memory));
+  }
+  if (n_local < world_size) {
+    std::vector<TcpPeer> peers, p2p_peers;
+    for (PeerSockets& peer : sockets) {
+      if (peer.same_host) continue;
+      std::vector<Fd> last;
+      last.push_back(std::move(peer.data.back()));
+      peer.data.pop_back();
+      peers.push_back({peer.rank, peer.hostname, std::move(peer.data)});
+      p2p_peers.push_back({peer.rank, peer.hostname, std::move(last)});
+      which[static_cast<size_t>(peer.rank)] = static_cast<int>(endpoints.size());
+    }
+    endpoints.push_back(std::make_unique<TcpEndpoint>(rank, world_size, std::move(peers)));
+    p2p_endpoints.push_back(std::make_unique<TcpEndpoint>(rank, world_size, std::move(p2p_peers)));
+  }
+  comm->start(std::move(endpoints), std::move(which), std::move(p2p_endpoints));
+  std::vector<ControlLink> links;
+  for (PeerSockets& peer : sockets) links.push_back({peer.rank, std::move(peer.control), peer.hostname});
+  comm->control_ = std::make_unique<ControlPlane>(rank, std::move(links),
+                                                  [raw = comm.get()](const PeerEvent& event) { raw->on_event(event); });
+  return comm;
+}
+
+std::vector<std::shared_ptr<Communicator>> Communicator::local(int world_size, const CommOptions& options) {
+  if (world_size < 1) throw Error(ErrorKind::invalid_argument, "a world has at least one rank");
+  auto group = std::make_shared<LocalGroup>();
+  const MemoryOptions memory{options.staging_bytes};
+  std::vector<std::shared_ptr<Segment>> segments, p2p_segments;
+  for (int r = 0; r < world_size; ++r) {
+    segments.push_back(std::make_shared<Segment>(world_size, memory, false));
+    p2p_segments.push_back(std::make_shared<Segment>(world_size, memory, false));
+  }
+  std::vector<std::shared_ptr<Communicator>> comms;
+  for (int r = 0; r < world_size; ++r) {
+    const std::vector<std::string> hosts(static_cast<size_t>(world_size), "thread");
+    std::shared_ptr<Communicator> comm(new Communicator(r, world_size, options, hosts));
+    std::vector<MemoryPeer> peers, p2p_peers;
+    std::vector<int> which(static_cast<size_t>(world_size), 0);
+    which[static_cast<size_t>(r)] = -1;
+    for (int p = 0; p < world_size; ++p) {
+      comm->local_ranks_.push_back(p);
+      comm->host_indices_.push_back(0);
+      if (p == r) continue;
+      peers.push_back({p, p, segments[static_cast<size_t>(p)], nullptr});
+      p2p_peers.push_back({p, p, p2p_segments[static_cast<size_t>(p)], nullptr});
+    }
+    std::vector<std::unique_ptr<Endpoint>> endpoints, p2p_endpoints;
+    endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{r, r, segments[static_cast<size_t>(r)], nullptr},
+                                                         std::move(peers), world_size, memory));
+    p2p_endpoints.push_back(std::make_unique<MemoryEndpoint>(
+        MemoryPeer{r, r, p2p_segments[static_cast<size_t>(r)], nullptr}, std::move(p2p_peers), world_size, memory));
+    comm->start(std::move(endpoints), std::move(which), std::move(p2p_endpoints));
+    comm->group_ = group;
+    group->members.push_back(comm.get());
+    comms.push_back(std::move(comm));
+  }
+  return comms;
+}
+
+Communicator::~Communicator() { close(); }
+
+void Communicator::close() {
+  {
+    const std::lock_guard lock(failure_mutex_);
+    if (closed_) return;
+    closed_ = true;
+  }
+  if (generation_ != fork_generation()) return;  // a forked child owns none of this
+  if (control_) control_->goodbye();
+  if (group_) {
+    const std::lock_guard lock(group_->mutex);
+    std::erase(group_->members, this);
+    for (Communicator* member : group_->members)
+      member->on_event({rank_, PeerEvent::Kind::left, ErrorKind::peer_lost, ""});
+  }
+  interruption_.stop.store(true, std::memory_order_release);
+  for (auto* list : {&endpoints_, &p2p_endpoints_})
+    for (auto& endpoint : *list) endpoint->interrupt();
+  if (queue_) queue_->stop();
+  if (p2p_) p2p_->stop();
+  control_.reset();
+}
+
+void Communicator::on_event(const PeerEvent& event) {
+  const std::string who = "rank " + std::to_string(event.peer) + " (" + hosts_[static_cast<size_t>(event.peer)] + ")";
+  switch (event.kind) {
+    case PeerEvent::Kind::left:
+      interruption_.left[static_cast<size_t>(event.peer)].store(true, std::memory_order_release);
+      break;
+    case PeerEvent::Kind::lost:
+      fail(Error(ErrorKind::peer_lost, event.text.empty() ? who + " died" : event.text), false);
+      break;
+    case PeerEvent::Kind::aborted:
+      fail(Error(event.error_kind, who + " gave up: " + event.text), false);
+      break;
+  }
+}
+
+void Communicator::fail(const Error& error, bool tell) {
+  {
+    const std::lock_guard lock(failure_mutex_);
+    if (failure_) return;
+    failure_ = error;
+  }
+  interruption_.stop.store(true, std::memory_order_release);
+  for (auto* list : {&endpoints_, &p2p_endpoints_})
+    for (auto& endpoint : *list) endpoint->interrupt();
+  if (!tell) return;
+  if (control_) control_->broadcast_abort(error.kind(), error.what());
+  if (group_) {
+    const std::lock_guard lock(group_->mutex);
+    for (Communicator* member : group_->members)
+      if (member != this) member->on_event({rank_, PeerEvent::Kind::aborted, error.kind(), error.what()});
+  }
+}
+
+void Communicator::abort(const std::string& why) { fail(Error(ErrorKind::error, why), true); }
+
+void Communicator::check() const {
+  if (interruption_.stop.load(std::memory_order_acquire)) throw_failure("rank " + std::to_string(rank_));
+}
+
+void Communicator::throw_failure(const std::string& context) const {
+  const std::lock_guard lock(failure_mutex_);
+  if (failure_) throw Error(failure_->kind(), context + ": " + failure_->what());
+  throw Error(ErrorKind::error, context + ": this communicator is closed");
+}
+
+int Communicator::add_program(Program program) {
+  if (program.world_size != world_size_ || program.rank != rank_)
+    throw Error(ErrorKind::invalid_argument, "program of rank " + std::to_string(program.rank) + " of " +
+                                                 std::to_string(program.world_size) + " given to rank " +
+                                                 std::to_string(rank_) + " of " + std::to_string(world_size_));
+  programs_.push_back(std::make_unique<Program>(std::move(program)));
+  return static_cast<int>(programs_.size()) - 1;
+}
+
+void Communicator::set_choice(Collective collective, int root, std::vector<std::pair<size_t, int>> entries) {
+  auto& stored = choices_[{static_cast<int>(collective), root}];
+  stored = std::move(entries);
+  if (collective == Collective::all_reduce) all_reduce_choice_ = &stored;
+}
+
+int Communicator::choose(Collective collective, int root, size_t nbytes) const noexcept {
+  const std::vector<std::pair<size_t, int>>* entries = nullptr;
+  if (collective == Collective::all_reduce) {
+    entries = all_reduce_choice_;
+  } else if (const auto it = choices_.find({static_cast<int>(collective), root}); it != choices_.end()) {
+    entries = &it->second;
+  }
+  if (entries == nullptr) return -1;
+  for (const auto& [max_nbytes, program] : *entries)
+    if (nbytes <= max_nbytes) return program;
+  return entries->empty() ? -1 : entries->back().second;
+}
+
+const Plan& Communicator::plan(const Call& call) {
+  auto fits = [&](const CachedPlan& p) {
+    return p.program == call.program && p.count == call.count && p.dtype == call.dtype &&
+           p.largest == call.largest_block && p.blocks == call.blocks && p.output_blocks == call.output_blocks;
+  };
+  if (last_plan_ != nullptr && fits(*last_plan_)) return *last_plan_->plan;
+  size_t key = mix(mix(static_cast<size_t>(call.program), call.count), static_cast<size_t>(call.dtype));
+  for (size_t block : call.blocks) key = mix(key, block);
+  const auto [begin, end] = plans_.equal_range(key);
+  for (auto it = begin; it != end; ++it)
+    if (fits(it->second)) return *(last_plan_ = &it->second)->plan;
+  if (plans_.size() >= 4096) {
+    plans_.clear();
+    last_plan_ = nullptr;
+  }
+  const Program& program = *programs_[static_cast<size_t>(call.program)];
+  Shape shape;
+  shape.dtype = call.dtype;
+  shape.window_bytes = window(options_);
+  shape.output_blocks = call.output_blocks;
+  if (!call.blocks.empty()) {
+    shape.blocks = call.blocks;
+    shape.largest_chunk = call.largest_block;
+  } else {
+    const bool by_block = program.collective == Collective::all_gather || program.collective == Collective::gather ||
+                          program.collective == Collective::reduce_scatter ||
+                          program.collective == Collective::scatter || program.collective == Collective::all_to_all;
+    const auto n = static_cast<size_t>(by_block ? world_size_ : 1);
+    if (call.count % n != 0)
+      throw Error(ErrorKind::invalid_argument,
+                  std::to_string(call.count) + " elements do not divide into " + std::to_string(n) + " equal blocks");
+    shape.blocks.assign(n, call.count / n);
+  }
+  CachedPlan cached{call.program,
+                    call.dtype,
+                    call.blocks,
+                    call.output_blocks,
+                    call.count,
+                    call.largest_block,
+                    std::make_unique<Plan>(program, shape)};
+  last_plan_ = &plans_.emplace(key, std::move(cached))->second;
+  return *last_plan_->plan;
+}
+
+Job Communicator::prepare(const Call& call) {
+  if (interruption_.stop.load(std::memory_order_acquire)) throw_failure("rank " + std::to_string(rank_));
+  if (generation_ != fork_generation())
+    throw Error(ErrorKind::error, "this communicator belongs to the parent process; a forked child cannot use it");
+  if (call.program < 0 || call.program >= static_cast<int>(programs_.size()))
+    throw Error(ErrorKind::invalid_argument, "no program " + std::to_string(call.program));
+  const Program& program = *programs_[static_cast<size_t>(call.program)];
+  Job job;
+  job.plan = &plan(call);
+  job.program = &program;
+  job.reduce = select_reduce(call.dtype, call.op == ReduceOp::avg && world_size_ == 1 ? ReduceOp::sum : call.op);
+  job.divisor = call.op == ReduceOp::avg ? world_size_ : 1;
+  job.input = static_cast<const std::byte*>(call.input);
+  job.output = static_cast<std::byte*>(call.output);
+  job.timeout_s = call.timeout_s >= 0 ? call.timeout_s : options_.timeout_s;
+  job.deadline = Deadline::after(job.timeout_s);
+  job.signature.sequence = ++sequence_;
+  job.signature.schedule = program.fingerprint;
+  job.signature.collective = program.collective;
+  job.signature.dtype = call.dtype;
+  job.signature.op = call.op;
+  job.signature.root = program.root;
+  job.signature.count = call.count;
+  if (program.collective == Collective::all_to_all && !call.blocks.empty()) {
+    job.signature.count = call.largest_block;
+  } else if (!call.blocks.empty()) {
+    size_t hash = 0;
+    for (size_t block : call.blocks) hash = mix(hash, block);
+    job.signature.count = hash;
+  }
+  return job;
+}
+
+void Communicator::run_job(Job& job) {
+  const auto context = [&] {
+    return std::string(name_of(job.signature.collective)) + "[" + job.program->name + "] #" +
+           std::to_string(job.signature.sequence) + " rank " + std::to_string(rank_) + " (" +
+           hosts_[static_cast<size_t>(rank_)] + ")";
+  };
+  if (interruption_.stop.load(std::memory_order_acquire)) throw_failure(context());
+  try {
+    executor_->run(job);
+  } catch (const Interrupted&) {
+    throw_failure(context());
+  } catch (const Error& error) {
+    fail(error, true);
+    throw;
+  } catch (const std::exception& error) {
+    fail(Error(ErrorKind::error, context() + ": " + error.what()), true);
+    throw;
+  }
+}
+
+void Communicator::run(const Call& call) { queue_->run(call); }
+std::shared_ptr<Work> Communicator::submit(const Call& call) { return queue_->submit(call); }
+
+std::shared_ptr<Work> Communicator::send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s) {
+  return p2p_->post(static_cast<std::byte*>(const_cast<void*>(data)), nbytes, dtype, peer, timeout_s, true);
+}
+std::shared_ptr<Work> Communicator::recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s) {
+  return p2p_->post(static_cast<std::byte*>(data), nbytes, dtype, peer, timeout_s, false);
+}
+
+std::string Communicator::dump_plan(const Call& call) { return plan(call).dump(); }
+
+uint64_t Communicator::bytes_sent(int peer) const {
+  if (peer < 0 || peer >= world_size_ || which_[static_cast<size_t>(peer)] < 0) return 0;
+  const auto which = static_cast<size_t>(which_[static_cast<size_t>(peer)]);
+  return endpoints_[which]->bytes_sent(peer) + p2p_endpoints_[which]->bytes_sent(peer);
+}
+
+std::string Communicator::transport(int peer) const {
+  if (peer < 0 || peer >= world_size_) throw Error(ErrorKind::invalid_argument, "no rank " + std::to_string(peer));
+  const int which = which_[static_cast<size_t>(peer)];
+  return which < 0 ? "self" : endpoints_[static_cast<size_t>(which)]->name();
+}
+
+}  // namespace paracomm

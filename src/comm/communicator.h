@@ -1,0 +1,146 @@
+// A group of ranks: endpoints to all peers, a cache of plans, a queue of operations, and one failure for everybody.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "comm/work.h"
+#include "core/error.h"
+#include "executor/host_executor.h"
+#include "schedule/plan.h"
+#include "transport/control.h"
+#include "transport/listener.h"
+#include "transport/memory.h"
+#include "transport/tcp.h"
+
+namespace paracomm {
+
+struct CommOptions {
+  double timeout_s = 1800;         ///< of an operation
+  size_t window_bytes = 1 << 20;   ///< the most that a rank sends per tile
+  size_t staging_bytes = 4 << 20;  ///< of shared memory a rank; at least four windows
+  int sockets_per_peer = 1;
+  int cores = 0;  ///< 0: as many as this process may use
+};
+
+/// One collective as the caller asks for it.
+struct Call {
+  int program = -1;
+  const void* input = nullptr;
+  void* output = nullptr;
+  DType dtype = DType::uint8;
+  ReduceOp op = ReduceOp::sum;
+  size_t count = 0;                   ///< elements in all where every block is alike
+  std::vector<size_t> blocks;         ///< elements of each rank's block where they differ (else empty)
+  std::vector<size_t> output_blocks;  ///< all_to_all with blocks that differ
+  size_t largest_block = 0;           ///< all_to_all with blocks that differ: over all ranks
+  double timeout_s = -1;              ///< negative: the communicator's
+};
+
+class PointToPoint;
+
+class Communicator : public std::enable_shared_from_this<Communicator> {
+ public:
+  /// Collective: every rank calls it with what every rank's listener published. Throws Error(timeout, security, ...).
+  static std::shared_ptr<Communicator> connect(int rank, Listener& listener, const std::vector<std::string>& blobs,
+                                               const CommOptions& options, Deadline deadline);
+  /// Ranks that are threads of this process.
+  static std::vector<std::shared_ptr<Communicator>> local(int world_size, const CommOptions& options);
+  ~Communicator();
+
+  int rank() const noexcept { return rank_; }
+  int world_size() const noexcept { return world_size_; }
+  const std::vector<std::string>& hosts() const noexcept { return hosts_; }
+  /// Ranks that share memory with this one, itself included, ascending.
+  const std::vector<int>& local_ranks() const noexcept { return local_ranks_; }
+  /// Host number of every rank, in order of first appearance.
+  const std::vector<int>& host_indices() const noexcept { return host_indices_; }
+  const CommOptions& options() const noexcept { return options_; }
+
+  /// Makes a program known; `Call::program` is the number returned. Throws Error(invalid_argument) if it is not this
+  /// rank's.
+  int add_program(Program program);
+  /// The program for calls up to `max_nbytes`; entries ascending.
+  void set_choice(Collective collective, int root, std::vector<std::pair<size_t, int>> entries);
+  /// -1: no choice was set.
+  int choose(Collective collective, int root, size_t nbytes) const noexcept;
+
+  /// Runs the collective in the caller's thread (after what is queued). Throws.
+  void run(const Call& call);
+  /// Queues it.
+  std::shared_ptr<Work> submit(const Call& call);
+  std::shared_ptr<Work> send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s);
+  std::shared_ptr<Work> recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s);
+
+  /// Gives up on every rank: all waiters, here and elsewhere, raise.
+  void abort(const std::string& why);
+  /// Leaves in peace. Later calls raise.
+  void close();
+  /// Throws what the communicator failed with, if it did.
+  void check() const;
+
+  std::string dump_plan(const Call& call);
+  uint64_t bytes_sent(int peer) const;
+  std::string transport(int peer) const;
+  double seconds_waiting() const noexcept { return executor_->seconds_waiting(); }
+
+  void on_event(const PeerEvent& event);
+
+ private:
+  friend class CollectiveQueue;
+  friend class PointToPoint;
+  struct LocalGroup;
+
+  Communicator(int rank, int world_size, const CommOptions& options, std::vector<std::string> hosts);
+  void start(std::vector<std::unique_ptr<Endpoint>> endpoints, std::vector<int> which,
+             std::vector<std::unique_ptr<Endpoint>> p2p_endpoints);
+  Patience patience() const;
+  const Plan& plan(const Call& call);
+  Job prepare(const Call& call);
+  void run_job(Job& job);
+  /// Remembers the first failure, tells all ranks and wakes everybody here.
+  void fail(const Error& error, bool tell);
+  [[noreturn]] void throw_failure(const std::string& context) const;
+
+  int rank_, world_size_;
+  CommOptions options_;
+  std::vector<std::string> hosts_;
+  std::vector<int> local_ranks_, host_indices_, which_;
+  int generation_;
+
+  std::vector<std::unique_ptr<Endpoint>> endpoints_, p2p_endpoints_;
+  Interruption interruption_;
+  std::unique_ptr<HostExecutor> executor_;
+  std::unique_ptr<ControlPlane> control_;
+  std::shared_ptr<LocalGroup> group_;
+  std::shared_ptr<class CollectiveQueue> queue_;
+  std::shared_ptr<PointToPoint> p2p_;
+
+  std::vector<std::unique_ptr<Program>> programs_;
+  std::map<std::pair<int, int>, std::vector<std::pair<size_t, int>>> choices_;
+  const std::vector<std::pair<size_t, int>>* all_reduce_choice_ = nullptr;
+  struct CachedPlan {
+    int program;
+    DType dtype;
+    std::vector<size_t> blocks, output_blocks;
+    size_t count, largest;
+    std::unique_ptr<Plan> plan;
+  };
+  std::unordered_multimap<size_t, CachedPlan> plans_;
+  const CachedPlan* last_plan_ = nullptr;
+  uint32_t sequence_ = 0;
+
+  mutable std::mutex failure_mutex_;
+  std::optional<Error> failure_;
+  bool closed_ = false;
+};
+
+}  // namespace paracomm

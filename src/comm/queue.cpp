@@ -1,0 +1,108 @@
+#include "comm/queue.h"
+
+namespace paracomm {
+
+void CollectiveQueue::run(const Call& call) {
+  std::unique_lock lock(mutex_);
+  if (running_ || !items_.empty()) {
+    lock.unlock();
+    submit(call)->wait();
+    return;
+  }
+  Job job = comm_.prepare(call);
+  running_ = true;
+  lock.unlock();
+  std::exception_ptr error;
+  try {
+    comm_.run_job(job);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  running_ = false;
+  const bool notify = waiters_ > 0;
+  lock.unlock();
+  if (notify) changed_.notify_all();
+  if (error) std::rethrow_exception(error);
+}
+
+std::shared_ptr<Work> CollectiveQueue::submit(const Call& call) {
+  auto work = std::make_shared<Work>(shared_from_this());
+  const std::lock_guard lock(mutex_);
+  if (stopping_) throw Error(ErrorKind::error, "this communicator is closed");
+  items_.push_back({comm_.prepare(call), work});
+  if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
+  changed_.notify_all();
+  return work;
+}
+
+void CollectiveQueue::run_front(std::unique_lock<std::mutex>& lock) {
+  Item item = std::move(items_.front());
+  items_.pop_front();
+  running_ = true;
+  lock.unlock();
+  std::exception_ptr error;
+  try {
+    comm_.run_job(item.job);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  running_ = false;
+  item.work->complete(error);
+  changed_.notify_all();
+}
+
+void CollectiveQueue::finish(Work& work, double timeout_s) {
+  const Deadline deadline = Deadline::after(timeout_s);
+  std::unique_lock lock(mutex_);
+  ++waiters_;
+  while (!work.done()) {
+    if (!running_ && !items_.empty()) {
+      for (Item& item : items_)
+        if (deadline < item.job.deadline) {
+          item.job.deadline = deadline;
+          item.job.timeout_s = timeout_s;
+        }
+      run_front(lock);
+    } else if (deadline.is_never()) {
+      changed_.wait(lock);
+    } else if (changed_.wait_for(lock, deadline.remaining()) == std::cv_status::timeout && !work.done() &&
+               deadline.expired()) {
+      lock.unlock();
+      comm_.fail(Error(ErrorKind::timeout, "rank " + std::to_string(comm_.rank()) +
+                                               ": an asynchronous operation was not complete " +
+                                               std::to_string(timeout_s) + " s after wait() was called"),
+                 true);
+      lock.lock();
+    }
+  }
+  --waiters_;
+}
+
+void CollectiveQueue::serve() {
+  std::unique_lock lock(mutex_);
+  ++waiters_;
+  while (!stopping_) {
+    if (!running_ && !items_.empty())
+      run_front(lock);
+    else
+      changed_.wait(lock);
+  }
+}
+
+void CollectiveQueue::stop() noexcept {
+  std::unique_lock lock(mutex_);
+  stopping_ = true;
+  ++waiters_;
+  for (Item& item : items_)
+    item.work->complete(
+        std::make_exception_ptr(Error(ErrorKind::error, "the communicator was closed before this operation ran")));
+  items_.clear();
+  changed_.notify_all();
+  changed_.wait(lock, [&] { return !running_; });
+  lock.unlock();
+  if (thread_.joinable()) thread_.join();
+}
+
+}  // namespace paracomm

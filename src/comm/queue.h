@@ -1,0 +1,44 @@
+// Operations of one communicator in their order: run by the thread that waits for them or, if nobody does, by a
+// progress thread.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "comm/communicator.h"
+
+namespace paracomm {
+
+class CollectiveQueue final : public Runner, public std::enable_shared_from_this<CollectiveQueue> {
+ public:
+  explicit CollectiveQueue(Communicator& comm) : comm_(comm) {}
+  ~CollectiveQueue() override { stop(); }
+
+  /// In this thread, at once if nothing is queued.
+  void run(const Call& call);
+  std::shared_ptr<Work> submit(const Call& call);
+  void finish(Work& work, double timeout_s) override;
+  /// Fails what is queued, waits for what runs and ends the progress thread.
+  void stop() noexcept;
+
+ private:
+  struct Item {
+    Job job;
+    std::shared_ptr<Work> work;
+  };
+  void run_front(std::unique_lock<std::mutex>& lock);
+  void serve();
+
+  Communicator& comm_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Item> items_;
+  bool running_ = false, stopping_ = false;
+  int waiters_ = 0;
+  std::thread thread_;
+};
+
+}  // namespace paracomm

@@ -1,0 +1,292 @@
+#include "executor/host_executor.h"
+
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+
+#include "core/error.h"
+#include "core/fd.h"
+
+namespace paracomm {
+namespace {
+
+constexpr uint64_t kCopied = ~uint64_t{0};                 // record of a message that left the caller's memory at once
+constexpr auto kNap = std::chrono::microseconds(100'000);  // the longest sleep between two looks at the deadline
+constexpr auto kBusyNap = std::chrono::microseconds(50);   // while another transport has bytes to move
+
+inline void pause_cpu() noexcept {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+const Instruction kDraining{};  // for messages about the end of a job
+
+std::string seconds_text(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g s", seconds);
+  return text;
+}
+
+}  // namespace
+
+HostExecutor::HostExecutor(int rank, std::vector<Endpoint*> endpoints, std::vector<std::string> hosts,
+                           Patience patience, const Interruption& interruption)
+    : rank_(rank),
+      endpoints_(std::move(endpoints)),
+      hosts_(std::move(hosts)),
+      patience_(patience),
+      interruption_(interruption),
+      by_reference_(endpoints_.size(), 0) {
+  for (Endpoint* endpoint : endpoints_)
+    if (endpoint != nullptr && std::find(distinct_.begin(), distinct_.end(), endpoint) == distinct_.end())
+      distinct_.push_back(endpoint);
+}
+
+HostExecutor::~HostExecutor() {
+  if (scratch_ != nullptr) munmap(scratch_, scratch_bytes_);
+}
+
+void HostExecutor::grow_scratch(size_t nbytes) {
+  if (nbytes <= scratch_bytes_) return;
+  if (scratch_ != nullptr) munmap(scratch_, scratch_bytes_);
+  scratch_ = nullptr;
+  void* p = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED)
+    throw Error(ErrorKind::error, system_message("mmap of " + std::to_string(nbytes) + " bytes of scratch", errno));
+  scratch_ = static_cast<std::byte*>(p);
+  scratch_bytes_ = nbytes;
+}
+
+void HostExecutor::run(const Job& job) {
+  const Plan& plan = *job.plan;
+  for (Endpoint* endpoint : distinct_) endpoint->begin(job.output);
+  if (plan.scratch_bytes() > scratch_bytes_) grow_scratch(plan.scratch_bytes());
+  const size_t records = static_cast<size_t>(plan.messages()) * static_cast<size_t>(plan.in_flight());
+  if (records_.size() < records) records_.resize(records);
+
+  const std::vector<Instruction>& instructions = plan.instructions();
+  if (plan.tiles() == 1) {
+    for (const Instruction& instruction : instructions) execute(job, instruction, 0);
+  } else {
+    const int64_t stride = plan.stride(), levels = plan.levels(), tiles = plan.tiles();
+    for (int64_t time = 0; time <= (tiles - 1) * stride + levels; ++time) {
+      for (int64_t tile = std::min(tiles - 1, time / stride); tile >= 0 && time - tile * stride <= levels; --tile) {
+        const auto level = static_cast<int32_t>(time - tile * stride);
+        for (int32_t i = plan.level_begin(level); i < plan.level_begin(level + 1); ++i)
+          execute(job, instructions[static_cast<size_t>(i)], static_cast<int32_t>(tile));
+      }
+    }
+  }
+  drain(job);
+}
+
+std::byte* HostExecutor::address(const Job& job, const Place& place, int32_t size_chunk, int32_t tile) const {
+  const size_t offset = job.plan->offset(place, size_chunk, tile);
+  switch (place.memory) {
+    case Memory::input:
+      return const_cast<std::byte*>(job.input) + offset;
+    case Memory::output:
+      return job.output + offset;
+    default:
+      return scratch_ + offset;
+  }
+}
+
+std::byte* HostExecutor::inbox(size_t index, size_t nbytes) {
+  if (inboxes_.size() <= index) inboxes_.resize(index + 1);
+  if (inboxes_[index].size() < nbytes) inboxes_[index].resize(nbytes);
+  return inboxes_[index].data();
+}
+
+uint64_t& HostExecutor::record(const Job& job, const Destination& to, int32_t tile) {
+  return records_[static_cast<size_t>(to.record) * static_cast<size_t>(job.plan->in_flight()) +
+                  static_cast<size_t>(tile % job.plan->in_flight())];
+}
+
+void HostExecutor::execute(const Job& job, const Instruction& instruction, int32_t tile) {
+  const Plan& plan = *job.plan;
+  const size_t nbytes = plan.nbytes(instruction, tile);
+  std::byte* const place =
+      instruction.has_place ? address(job, instruction.place, instruction.size_chunk, tile) : nullptr;
+
+  for (int32_t earlier : instruction.after_sends) {
+    const Instruction& sender = plan.instructions()[static_cast<size_t>(earlier)];
+    for (const Destination& to : sender.sends) {
+      const uint64_t index = record(job, to, tile);
+      if (index != kCopied)
+        until(job, instruction, "send to", to.peer, [&] { return endpoints_[to.peer]->sent(to.peer, index); });
+    }
+  }
+
+  srcs_.clear();
+  const bool one_source = instruction.sources.size() == 1;
+  for (const Source& source : instruction.sources) {
+    if (source.peer < 0) {
+      srcs_.push_back(address(job, source.place, instruction.size_chunk, tile));
+      continue;
+    }
+    Endpoint& endpoint = *endpoints_[source.peer];
+    std::byte* const into = one_source ? place : inbox(srcs_.size(), nbytes);
+    srcs_.push_back(until(job, instruction, "recv from", source.peer,
+                          [&] { return endpoint.try_recv(source.peer, job.signature, nbytes, into); }));
+  }
+
+  // Where the value goes: this rank's memory, staging that peers read, and peers' outputs that may be written directly.
+  bool store = instruction.store;
+  dsts_.clear();
+  payloads_.clear();
+  Endpoint* reserved_by = nullptr;
+  std::byte* reserved = nullptr;
+  const std::byte* const value = instruction.has_place ? place : static_cast<const std::byte*>(srcs_[0]);
+  for (const Destination& to : instruction.sends) {
+    Endpoint& endpoint = *endpoints_[to.peer];
+    if (to.remote_chunk >= 0) {
+      if (std::byte* output = endpoint.peer_output(to.peer)) {
+        std::byte* const there = output + plan.offset({Memory::output, to.remote_chunk}, instruction.size_chunk, tile);
+        dsts_.push_back(there);
+        payloads_.push_back({there, false});
+        continue;
+      }
+    }
+    if (!to.copied && endpoint.sends_in_place(value, nbytes)) {
+      store |= instruction.has_place;
+      payloads_.push_back({value, true});
+      continue;
+    }
+    if (!endpoint.stages()) {
+      std::byte* const box = outbox(job, instruction, to, tile, nbytes);
+      dsts_.push_back(box);
+      payloads_.push_back({box, true});
+      continue;
+    }
+    if (reserved_by != &endpoint) {
+      reserved = until(job, instruction, "staging for", to.peer, [&] { return endpoint.try_reserve(nbytes); });
+      reserved_by = &endpoint;
+      dsts_.push_back(reserved);
+    }
+    payloads_.push_back({reserved, false});
+  }
+  if (store) dsts_.push_back(place);
+
+  if (!dsts_.empty() && nbytes > 0) {
+    if (one_source)
+      copy_bytes(dsts_.data(), static_cast<int>(dsts_.size()), srcs_[0], nbytes);
+    else
+      job.reduce(dsts_.data(), static_cast<int>(dsts_.size()), srcs_.data(), static_cast<int>(srcs_.size()),
+                 nbytes / plan.element_bytes(), instruction.final ? job.divisor : 1);
+  }
+
+  for (const Source& source : instruction.sources)
+    if (source.peer >= 0) endpoints_[source.peer]->release(source.peer);
+
+  for (size_t i = 0; i < instruction.sends.size(); ++i) {
+    const Destination& to = instruction.sends[i];
+    Endpoint& endpoint = *endpoints_[to.peer];
+    uint64_t index = 0;
+    const auto [data, by_reference] = payloads_[i];
+    until(job, instruction, "send to", to.peer,
+          [&] { return endpoint.try_send(to.peer, job.signature, data, nbytes, index); });
+    record(job, to, tile) = by_reference ? index : kCopied;
+    if (by_reference) by_reference_[static_cast<size_t>(to.peer)] = index + 1;
+  }
+}
+
+/// Memory of ours for a message on a transport without staging; the one before it in the same place has left.
+std::byte* HostExecutor::outbox(const Job& job, const Instruction& instruction, const Destination& to, int32_t tile,
+                                size_t nbytes) {
+  const size_t index = static_cast<size_t>(to.record) * static_cast<size_t>(job.plan->in_flight()) +
+                       static_cast<size_t>(tile % job.plan->in_flight());
+  if (outboxes_.size() <= index) outboxes_.resize(index + 1);
+  if (tile >= job.plan->in_flight()) {
+    const uint64_t before = records_[index];
+    until(job, instruction, "send to", to.peer, [&] { return endpoints_[to.peer]->sent(to.peer, before); });
+  }
+  if (outboxes_[index].size() < nbytes) outboxes_[index].resize(nbytes);
+  return outboxes_[index].data();
+}
+
+/// The caller gets its memory back when no message needs it any more.
+void HostExecutor::drain(const Job& job) {
+  for (size_t peer = 0; peer < by_reference_.size(); ++peer) {
+    if (by_reference_[peer] == 0) continue;
+    const uint64_t last = by_reference_[peer] - 1;
+    by_reference_[peer] = 0;
+    until(job, kDraining, "send to", static_cast<int>(peer),
+          [&] { return endpoints_[peer]->sent(static_cast<int>(peer), last); });
+  }
+}
+
+template <class Attempt>
+std::invoke_result_t<Attempt&> HostExecutor::until(const Job& job, const Instruction& instruction, const char* what,
+                                                   int peer, Attempt attempt) {
+  try {
+    if (auto result = attempt()) [[likely]]
+      return result;
+    return wait_until(job, instruction, what, peer, attempt);
+  } catch (const Error& error) {
+    if (error.kind() == ErrorKind::timeout) throw;
+    throw Error(error.kind(), where(job, instruction) + ": " + error.what());
+  }
+}
+
+template <class Attempt>
+std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const Instruction& instruction,
+                                                        const char* what, int peer, Attempt attempt) {
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  Endpoint& endpoint = *endpoints_[static_cast<size_t>(peer)];
+  auto done = [&](auto result) {
+    waited_ns_.fetch_add(static_cast<uint64_t>((Clock::now() - start) / std::chrono::nanoseconds(1)),
+                         std::memory_order_relaxed);
+    return result;
+  };
+  auto progress = [&] {
+    bool queued = false;
+    for (Endpoint* other : distinct_) queued |= other->progress();
+    return queued;
+  };
+  for (int64_t look = 0;; ++look) {
+    const bool left = interruption_.left[static_cast<size_t>(peer)].load(std::memory_order_acquire);
+    if (auto result = attempt()) return done(result);
+    if (interruption_.stop.load(std::memory_order_acquire)) throw Interrupted{};
+    if (look < patience_.spins) {
+      if (look % 64 == 63) progress();
+      pause_cpu();
+    } else if (look < patience_.spins + patience_.yields) {
+      progress();
+      sched_yield();
+    } else {
+      if (left)
+        throw Error(ErrorKind::peer_lost,
+                    std::string(what) + " rank " + std::to_string(peer) + ", which has closed its communicator");
+      const bool queued = progress();
+      const auto remaining = job.deadline.remaining();
+      if (remaining.count() == 0)
+        throw Error(ErrorKind::timeout, where(job, instruction) + ": " + what + " rank " + std::to_string(peer) + " (" +
+                                            hosts_[static_cast<size_t>(peer)] + ") timed out after " +
+                                            seconds_text(job.timeout_s));
+      const bool others = queued && distinct_.size() > 1;
+      endpoint.wait(peer, std::min(remaining, others ? kBusyNap : kNap));
+    }
+  }
+}
+
+std::string HostExecutor::where(const Job& job, const Instruction& instruction) const {
+  const auto& all = job.plan->instructions();
+  std::string text = std::string(name_of(job.signature.collective)) + "[" + job.program->name + "] #" +
+                     std::to_string(job.signature.sequence) + " rank " + std::to_string(rank_) + " (" +
+                     hosts_[static_cast<size_t>(rank_)] + ")";
+  if (&instruction != &kDraining)
+    text += " at op " + std::to_string(&instruction - all.data() + 1) + "/" + std::to_string(all.size()) + " (chunk " +
+            std::to_string(instruction.size_chunk) + ", " + std::to_string(job.plan->nbytes(instruction, 0)) +
+            " bytes)";
+  return text;
+}
+
+}  // namespace paracomm
