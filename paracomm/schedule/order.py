@@ -152,21 +152,21 @@ def _levels(schedule: Schedule, node: list[int], deps: list[list[int]]) -> tuple
     members = [0] * len(node)
     for k in node:
         members[k] += 1
-    for turn in range(len(node) + 2):
-        changed: set[int] = set()
+    turn = 0
+    while True:
+        changed = False
         for k, after, w in zip(node, deps, weight, strict=True):
             need = w + max([level[d] for d in after]) if after else w
             if need > level[k]:
                 level[k] = need
-                if members[k] > 1:
-                    changed.add(k)
+                changed |= members[k] > 1
         if not changed:
-            break
-        if turn == 6:
+            return level, set()
+        turn += 1
+        if turn == 4:
             cyclic = _cyclic_runs(node, deps)
             if cyclic:
                 return level, cyclic
-    return level, set()
 
 
 def _cyclic_runs(node: list[int], deps: list[list[int]]) -> set[int]:

@@ -133,6 +133,8 @@ def _run(schedule: Schedule) -> Values:
         if last_write[a] >= 0:
             needed[last_write[a]] = 1
         if reducing[i]:
+            if value[b] < 0 and open_run[b] is None:
+                fault(schedule, f"{cells.name(schedule, b)} is reduced into before anything is in it", i)
             if size[b] != z:
                 fault(schedule, _size_message(schedule, cells, a, b, size), i)
             run = open_run[b]
@@ -141,8 +143,6 @@ def _run(schedule: Schedule) -> Values:
                 run = None
             if run is None:
                 y = value[b]
-                if y < 0:
-                    fault(schedule, f"{cells.name(schedule, b)} is reduced into before anything is in it", i)
                 if topic[y] != topic[x] or topic[x] < 0:
                     fault(schedule, f"{cells.name(schedule, b)} mixes different chunks, or is not to be reduced", i)
                 open_run[b] = run = [y]

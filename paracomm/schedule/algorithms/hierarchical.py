@@ -9,9 +9,9 @@ between hosts. With h hosts a slice is cut into h chunks. 2 hosts (ranks 0 1 | 2
     3 (=)    A0>2       B0>3       A1>0       B1>1
     4 (=)    A>1        B>0        A>3        B>2        inside: direct all-gather
 
-2(h-1) steps between hosts ("ring"; 2 for "direct") and one before and after if a host has several ranks. A host sends
-2S(h-1)/h bytes to other hosts, the least that is possible. Hosts may hold different numbers of ranks: slices then are
-as many as the numbers' least common multiple, or the largest number where that gets out of hand (the work is then
+2(h-1) steps between hosts ("ring"; 2 for "direct") and one before and after where hosts have several ranks. A host
+sends 2S(h-1)/h bytes to other hosts, the least that is possible. Hosts may hold different numbers of ranks: slices then
+are as many as the numbers' least common multiple, or the largest number where that gets out of hand (the work is then
 uneven, the bytes between hosts are not).
 Source: Cho, Finkler, Kung and Hunter, BlueConnect: decomposing all-reduce for deep learning, 2019.
 """
@@ -66,9 +66,20 @@ def chunk_count(n: int, hosts: Hosts = None, ranks_per_host: int | None = None, 
 
 
 def longest_chain(n: int, hosts: Hosts = None, ranks_per_host: int | None = None, between: str = "ring") -> int:
-    members = groups(n, hosts, ranks_per_host)
-    inside = 2 if max(len(m) for m in members) > 1 else 0
-    return inside + (2 * (len(members) - 1) if between == "ring" else 2 * min(1, len(members) - 1))
+    """A chunk's way to the host where it is complete, then a slice's way to all; hosts of several ranks add a step."""
+    inside = [int(len(m) > 1) for m in groups(n, hosts, ranks_per_host)]
+    h = len(inside)
+    if h == 1:
+        return 2 * inside[0]
+    if between == "direct":
+        return 2 + 2 * max(inside)
+    complete = []
+    for c in range(h):
+        level = inside[(c + 1) % h]
+        for hop in range(2, h + 1):
+            level = 1 + max(level, inside[(c + hop) % h])
+        complete.append(level)
+    return max(inside[i] + max(complete[c] + (i - c) % h for c in range(h)) for i in range(h))
 
 
 def layouts(n: int) -> list[dict[str, Any]]:
