@@ -76,6 +76,7 @@ def describe_expression(values: Values, schedule: Schedule, number: int) -> str:
 
 
 def _run(schedule: Schedule) -> Values:
+    """One long function, because a call for every chunk of every operation would double the time of a proof."""
     cells, meaning = cells_of(schedule), meaning_of(schedule)
     ops = schedule.ops
     spans = ops[:, SPAN]
