@@ -236,6 +236,23 @@ void test_full_queue() {
   CHECK(!world[0]->sent(1, index));
 }
 
+/// Refused because the queue is full, which `progress` then empties: there is nothing to wait for.
+void test_room_made_between_refusal_and_wait() {
+  auto world = make_world(2, 1, "127.0.0.1", 4096);
+  std::vector<std::byte> data(1 << 20);
+  const Signature signature = signature_of(1, 1);
+  uint64_t index = 0, pushed = 0, received = 0;
+  while (world[0]->try_send(1, signature, data.data(), data.size(), index)) ++pushed;
+  std::vector<std::byte> into(data.size());
+  while (received < pushed) {
+    if (world[1]->try_recv(0, signature, into.size(), into.data())) ++received;
+    world[0]->progress();
+  }
+  CHECK(!world[0]->try_recv(1, signature, into.size(), into.data()));
+  world[0]->wait(1, std::chrono::hours(1));
+  CHECK(world[0]->try_send(1, signature, data.data(), 0, index));
+}
+
 void test_wrong_use() {
   auto world = make_world(2, 1);
   uint64_t index = 0;
@@ -259,5 +276,6 @@ int main() {
   test_lost_peer();
   test_waiting();
   test_full_queue();
+  test_room_made_between_refusal_and_wait();
   test_wrong_use();
 }
