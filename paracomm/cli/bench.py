@@ -31,6 +31,7 @@ def bench(
     vs: Annotated[str, typer.Option(help=f"peers: any of {', '.join(ALL)}, torch=BACKEND[,MODULE]")] = "",
     arrays: Annotated[str, typer.Option(help="ours are torch tensors or numpy arrays")] = "torch",
     algorithm: Annotated[str, typer.Option(help="of ours; empty: what the tuner or the default chooses")] = "",
+    transport: Annotated[str, typer.Option(help="of ours: tcp instead of shared memory")] = "",
     native: Annotated[bool, typer.Option(help="also our loop outside Python (all_reduce)")] = False,
     rounds: Annotated[int, typer.Option(help="visits of every contender per size")] = 3,
     seconds: Annotated[float, typer.Option(help="about how long one visit measures")] = 0.25,
@@ -49,7 +50,7 @@ def bench(
         _check_arguments(collective, ranks, dtype, op, root, memory, arrays)
         wanted = COLLECTIVES if collective == "all" else tuple(collective.split(","))
         size_list = parse_sizes(sizes)
-        runners = _start(Place(ranks), _split(memory), _split(vs), arrays, algorithm, native)
+        runners = _start(Place(ranks), _split(memory), _split(vs), arrays, algorithm, transport, native)
     except (InvalidArgument, ContenderError) as error:
         typer.echo(f"paracomm bench: {error}", err=True)
         raise typer.Exit(2) from None
@@ -101,13 +102,13 @@ def _check_arguments(collective: str, ranks: int, dtype: str, op: str, root: int
 
 
 def _start(
-    place: Place, memory: list[str], peers: list[str], arrays: str, algorithm: str, native: bool
+    place: Place, memory: list[str], peers: list[str], arrays: str, algorithm: str, transport: str, native: bool
 ) -> list[Runner]:
     """Everybody who can take part; the others are named with the reason."""
     runners: list[Runner] = []
     try:
         if memory:
-            runners += start_ours(place, memory, arrays, algorithm, native)
+            runners += start_ours(place, memory, arrays, algorithm, transport, native)
         for name in peers:
             try:
                 runners += start_contender(name, place)

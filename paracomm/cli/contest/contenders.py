@@ -234,10 +234,16 @@ def start_contender(name: str, place: Place) -> list[Runner]:
 
 
 def start_ours(
-    place: Place, memory: Sequence[str], arrays: str = "torch", algorithm: str = "", native: bool = False
+    place: Place,
+    memory: Sequence[str],
+    arrays: str = "torch",
+    algorithm: str = "",
+    transport: str = "",
+    native: bool = False,
 ) -> list[Runner]:
     """paracomm's runners: one a kind of memory, and the native loop where asked for, over one group of processes."""
-    group = Group("paracomm", place.ranks, place.starts(), ["paracomm", f"arrays={arrays}", f"algorithm={algorithm}"])
+    options = [f"arrays={arrays}", f"algorithm={algorithm}", f"transport={transport}"]
+    group = Group("paracomm", place.ranks, place.starts(), ["paracomm", *options])
     runners: list[Runner] = [GroupRunner(f"paracomm {kind}", group, kind) for kind in memory]
     if native:
         runners += [GroupRunner(f"native {kind}", group, kind, native=True) for kind in memory]

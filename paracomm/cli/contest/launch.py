@@ -124,7 +124,7 @@ class Group:
         text = Path(self._log.name).read_text(errors="replace").strip()
         return "\n  " + "\n  ".join(text.splitlines()[-8:]) if text else ""
 
-    def ask(self, command: dict[str, Any], timeout_s: float = 120.0) -> list[dict[str, Any]]:
+    def ask(self, command: dict[str, Any], timeout_s: float = 60.0) -> list[dict[str, Any]]:
         """Every rank's answer. Raises CaseError when all fail, ContenderError when some do or are silent."""
         line = json.dumps(command) + "\n"
         for connection in self._connections:
@@ -196,7 +196,7 @@ class Place:
             }
             inside: list[str] = []
             if self.hosts:
-                env["GLOO_SOCKET_IFNAME"] = f"v{host}"
+                env |= {"GLOO_SOCKET_IFNAME": f"v{host}", "PARACOMM_BENCH_HOST": f"host{host}"}
                 inside = ["ip", "netns", "exec", f"pc{host}"]
             starts.append(Start([*inside, python], env))
         return starts
