@@ -130,7 +130,7 @@ def test_every_command_has_help() -> None:
 def test_wheel_in_a_clean_environment(tmp_path: Path) -> None:
     """No torch, no compiler, no source tree: only the wheel and what it names as dependencies."""
     sources = tmp_path / "sources"
-    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(".*", "build*", "dist", "runs", "*.so", "__pycache__"))
+    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "__pycache__"))
     run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(sources)])
     (wheel,) = tmp_path.glob("*.whl")
     run([sys.executable, "-m", "venv", str(tmp_path / "venv")])
