@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def train(
-    width: Annotated[int, typer.Option(help="Width of the model; a multiple of --heads.")] = 192,
+    width: Annotated[int, typer.Option(help="Width of the model; a multiple of --heads.")] = 128,
     depth: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 6,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     context: Annotated[int, typer.Option(help="Longest sequence, in bytes.")] = 128,
     dropout: Annotated[float, typer.Option(help="Dropout in the blocks.")] = 0.0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 600,
-    batch: Annotated[int, typer.Option(help="Sequences a step, over all ranks.")] = 24,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Sequences a step, over all ranks.")] = 12,
     accumulate: Annotated[int, typer.Option(help="Backward passes a step on each rank.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 50,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
     weight_decay: Annotated[float, typer.Option(help="AdamW's decay of matrices.")] = 0.1,
     clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides weights, data order and dropout.")] = 0,
@@ -34,11 +34,11 @@ def train(
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the run.")] = "gpt",
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    log_every: Annotated[int, typer.Option(help="Steps between metrics.")] = 10,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out files.")] = 200,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    log_every: Annotated[int, typer.Option(help="Steps between metrics.")] = 20,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out files.")] = 500,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    bucket_mib: Annotated[float, typer.Option(help="Size of a gradient bucket, MiB.")] = 4.0,
+    bucket_mib: Annotated[float, typer.Option(help="Size of a gradient bucket, MiB.")] = 1.0,
     reducer: Annotated[str, typer.Option(help="paracomm, or ddp for torch DDP.")] = "paracomm",
     backend: Annotated[str, typer.Option(help="torch.distributed backend of --reducer ddp.")] = "gloo",
     prompt: Annotated[str, typer.Option(help="Start of the sample.")] = "def ",
@@ -132,6 +132,6 @@ def _print_agreement(rows: list[Agreement], agreed: bool) -> None:
             "ok" if row.ok else "FAIL",
         )
     console = Console()
-    console.width = max(console.width, 100)
+    console.width = max(console.width, 110)
     console.print(table)
     console.print("losses and gradients agree" if agreed else "losses or gradients DISAGREE")

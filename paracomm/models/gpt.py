@@ -25,9 +25,9 @@ VOCABULARY = 256
 class GPTConfig:
     """The shape of a GPT. `width` is a multiple of `heads`; `context` is the longest sequence, in bytes."""
 
-    width: int = 192
+    width: int = 128
     depth: int = 4
-    heads: int = 6
+    heads: int = 4
     context: int = 128
     dropout: float = 0.0
 

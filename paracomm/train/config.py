@@ -20,11 +20,11 @@ class TrainConfig:
     """One run. `batch` is the global batch in sequences; ranks and accumulation split it evenly."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
-    steps: int = 600
-    batch: int = 24
+    steps: int = 2000
+    batch: int = 12
     accumulate: int = 1
-    lr: float = 2e-3
-    warmup: int = 50
+    lr: float = 3e-3
+    warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
@@ -32,12 +32,12 @@ class TrainConfig:
     data: Path | None = None
     name: str = "gpt"
     runs: Path = Path("runs")
-    log_every: int = 10
-    eval_every: int = 200
+    log_every: int = 20
+    eval_every: int = 500
     eval_windows: int = 192
-    checkpoint_every: int = 200
+    checkpoint_every: int = 500
     resume: bool = False
-    bucket_mib: float = 4.0
+    bucket_mib: float = 1.0
     reducer: str = "paracomm"
     backend: str = "gloo"
     prompt: str = "def "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import typer
 from ranks import Rank, run_ranks
@@ -44,10 +46,14 @@ def test_check_prints_a_table(options, reducer):
     assert said.count(" ok ") == 4 and "losses and gradients agree" in said
 
 
-def test_one_process_needs_no_launcher(options, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    code, said = on_rank(Rank(0, 1, lambda blob: [blob]), options)
+def without_launcher(rank: Rank, options: list[str]) -> tuple[int, str]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    return on_rank(rank, options)
+
+
+def test_one_process_needs_no_launcher(options):
+    ((code, said),) = run_ranks(1, without_launcher, options)
     assert code == 0 and "1 x paracomm" in said
 
 

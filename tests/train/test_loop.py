@@ -228,7 +228,7 @@ def test_wrong_settings_are_named(change, named):
 
 
 def test_a_batch_that_does_not_divide_is_named():
-    with pytest.raises(InvalidArgument, match="24 sequences does not divide by 5 ranks x 1"):
+    with pytest.raises(InvalidArgument, match="12 sequences does not divide by 5 ranks x 1"):
         TrainConfig().share(5)
 
 
