@@ -207,10 +207,10 @@ class Schedule:
         columns = (kind, src.rank, self.buffer_id(src.buffer), src.chunk,
                    dst.rank, self.buffer_id(dst.buffer), dst.chunk, src.span)  # fmt: skip
         shape = np.broadcast_shapes(*(np.shape(c) for c in columns))
-        batch = np.empty((*shape, 8), np.int32)
+        by_column = np.empty((8, *shape), np.int32)
         for j, column in enumerate(columns):
-            batch[..., j] = column
-        batch = batch.reshape(-1, 8)
+            by_column[j] = column
+        batch = by_column.reshape(8, -1).T
         if len(batch):
             self._check(batch)
             self._emit(batch)

@@ -141,7 +141,8 @@ class _Replay:
         self.out, self.into, self.cpu = np.zeros(world_size), np.zeros(world_size), np.zeros(world_size)
         self.host_out, self.host_in = np.zeros(hosts), np.zeros(hosts)
         self.busy = np.zeros(world_size)
-        self.sent = np.zeros(world_size * world_size)
+        self.sent: list[tuple[Index, float]] = []  # messages of equal size: source * n + target, bytes
+        self.sent_one: dict[int, float] = {}
         self.last_sr, self.last_dr, self.last_bytes = np.zeros(0, np.intp), np.zeros(0, np.intp), 0.0
         self.end = 0.0
         self.alphas, self.betas = self._links(hosts)
@@ -267,7 +268,7 @@ class _Replay:
         self.last_bytes += nbytes
 
     def _flush(self) -> None:
-        self.sent[self.last_sr * self.n + self.last_dr] += self.last_bytes
+        self.sent.append((self.last_sr * self.n + self.last_dr, self.last_bytes))
         self.last_bytes = 0.0
 
     def _one(self, kind: int, sr: int, sb: int, sc: int, dr: int, db: int, dc: int, span: int) -> None:
@@ -290,7 +291,7 @@ class _Replay:
             done = start + cost
             self.out[sr] = self.into[dr] = done
             self.busy[sr] += cost
-            self.sent[sr * self.n + dr] += nbytes
+            self.sent_one[sr * self.n + dr] = self.sent_one.get(sr * self.n + dr, 0.0) + nbytes
             if kind == REDUCE:
                 np.maximum(being_read, done, out=being_read)
                 done = max(done, free, float(self.cpu[dr])) + float(self.gamma[dr]) * nbytes
@@ -303,8 +304,12 @@ class _Replay:
 
     def result(self) -> Simulation:
         self._flush()
-        used = np.flatnonzero(self.sent)
-        link = {(int(k) // self.n, int(k) % self.n): float(self.sent[k]) for k in used}
+        one = np.fromiter(self.sent_one, np.intp), np.fromiter(self.sent_one.values(), np.float64)
+        keys = np.concatenate([one[0], *(keys for keys, _ in self.sent)])
+        sizes = np.concatenate([one[1], *(np.full(len(keys), size) for keys, size in self.sent)])
+        used, group = np.unique(keys, return_inverse=True)
+        total = np.bincount(group, weights=sizes)
+        link = {divmod(k, self.n): size for k, size in zip(used.tolist(), total.tolist(), strict=True) if size}
         between: dict[tuple[int, int], float] = {}
         for (a, b), nbytes in link.items():
             pair = (int(self.host[a]), int(self.host[b]))
