@@ -7,6 +7,7 @@
 
 #include "array.h"
 #include "comm/communicator.h"
+#include "core/nap.h"
 #include "register.h"
 
 namespace py = pybind11;
@@ -65,6 +66,18 @@ Call make_call(int program, uintptr_t input, uintptr_t output, size_t count, int
   return call;
 }
 
+/// Ctrl-C ends a wait: the signal's handler runs and what it raises is thrown.
+void look_for_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+/// Released while the core works, and signals are looked for meanwhile.
+struct WithoutGil {
+  WithoutGil() { nap_hook = &look_for_signals; }
+  py::gil_scoped_release release;
+};
+
 /// What the C function below works on; lives as long as the function object.
 struct FastState {
   std::shared_ptr<Communicator> comm;
@@ -85,7 +98,7 @@ PyObject* fast_all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t n_ar
     call.input = call.output = view.data;
     call.op = static_cast<ReduceOp>(PyLong_AsLong(args[1]));
     {
-      py::gil_scoped_release release;
+      const WithoutGil released;
       state->comm->run(call);
     }
     Py_RETURN_TRUE;
@@ -144,7 +157,7 @@ std::vector<double> time_all_reduce(Communicator& comm, int program, int barrier
 }  // namespace
 
 void register_comm(py::module_& m) {
-  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  const auto nogil = py::call_guard<WithoutGil>();
 
   m.def(
       "view",
@@ -280,7 +293,11 @@ void register_comm(py::module_& m) {
           [](Arena& arena, size_t nbytes) {
             void* const p = arena.allocate(nbytes);
             // A writable buffer that gives its pages back with its last reference; NumPy and torch hold on to it.
-            const py::capsule owner(p, [](void* q) { Arena::process().release(q); });
+            using Pages = std::pair<Arena*, void*>;
+            const py::capsule owner(new Pages(&arena, p), [](void* q) {
+              const std::unique_ptr<Pages> pages(static_cast<Pages*>(q));
+              pages->first->release(pages->second);
+            });
             return py::array_t<uint8_t>({static_cast<py::ssize_t>(nbytes)}, {1}, static_cast<uint8_t*>(p), owner);
           },
           py::arg("nbytes"), "uint8 array [nbytes], zeroed")

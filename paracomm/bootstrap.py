@@ -4,6 +4,7 @@ MPI that came with the launcher; there is no rendezvous of our own."""
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 from paracomm.comm import Communicator, connect
 from paracomm.comm.connect import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S
 from paracomm.errors import Error, InvalidArgument
+from paracomm.schedule import tune
 
 Exchange = Callable[[bytes], list[bytes]]
 
@@ -45,10 +47,18 @@ def init(
         Timeout, SecurityError, InvalidArgument: as `paracomm.connect`.
     """
     rank, world_size, exchange, master = _world(connect_timeout_s)
-    return connect(
+    comm = connect(
         rank, world_size, exchange, transport=transport, timeout_s=timeout_s, connect_timeout_s=connect_timeout_s,
         interface=interface, master_address=master, **settings,
     )  # fmt: skip
+    if "table" not in settings and world_size > 1:
+        # What was tuned on rank 0's machine for this layout, if anything: all ranks must choose alike.
+        path = tune.cache_path(comm.hosts[0], comm.host_indices)
+        found = json.dumps(tune.load(path)) if rank == 0 and path.exists() else ""
+        table = comm.exchange(found.encode())[0]
+        if table:
+            comm.use_table(json.loads(table))
+    return comm
 
 
 def _world(timeout_s: float) -> tuple[int, int, Exchange, str]:

@@ -101,11 +101,19 @@ class Communicator:
         if found >= 0:
             return int(found)
         entries = []
-        for choice in programs.choices(self._table, collective, self._core.host_indices):
-            schedule = build(collective, choice.algorithm, self.world_size, root, **choice.params)
-            entries.append((choice.max_nbytes, self._program(schedule)))
+        for max_nbytes, name, params in programs.choices(self._table, collective, self._core.host_indices):
+            schedule = build(collective, name, self.world_size, root, **params)
+            entries.append((max_nbytes, self._program(schedule)))
         self._core.set_choice(code, where, entries)
         return int(self._core.choose(code, where, nbytes))
+
+    def use_table(self, table: dict[str, Any] | None) -> None:
+        """Chooses algorithms by `table` (None: the default ones) from now on; the same on all ranks."""
+        self._table = table
+        for collective in _C.COLLECTIVES:
+            for root in (-1, *range(self.world_size)):
+                self._core.set_choice(_C.COLLECTIVES[collective], root, [])
+        self._choose("all_reduce", None, 0)
 
     def _select(self, collective: str, root: int | None, nbytes: int, algorithm: str | Schedule | None) -> int:
         if root is not None and not 0 <= root < self.world_size:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from paracomm import _C
 from paracomm.schedule import Schedule, project_all
-
-UNLIMITED = 2**62
+from paracomm.schedule.tune import Table, default_table
 
 
 def bind(schedule: Schedule, rank: int) -> _C.Program:
@@ -46,22 +45,7 @@ def extent(schedule: Schedule) -> tuple[int, int]:
     return found
 
 
-class Choice(NamedTuple):
-    """Calls of at most `max_nbytes` take this algorithm."""
-
-    max_nbytes: int
-    algorithm: str
-    params: dict[str, Any]
-
-
-def choices(table: dict[str, Any] | None, collective: str, host_indices: Sequence[int]) -> list[Choice]:
-    """The tuned choices of a collective, or the default ones where nothing was tuned."""
-    if table and collective in table:
-        return [Choice(*entry) for entry in table[collective]]
-    hosts = len(set(host_indices))
-    if collective == "all_reduce":
-        if hosts == 1:
-            return [Choice(16384, "one_shot", {}), Choice(UNLIMITED, "direct", {})]
-        return [Choice(16384, "recursive_doubling", {}), Choice(UNLIMITED, "hierarchical", {"hosts": list(host_indices)}) if hosts < len(host_indices) else Choice(UNLIMITED, "ring", {})]
-    name = {"barrier": "dissemination", "broadcast": "binomial", "reduce": "binomial"}.get(collective, "direct")
-    return [Choice(UNLIMITED, name, {})]
+def choices(table: Table | None, collective: str, host_indices: Sequence[int]) -> list[tuple[int, str, dict[str, Any]]]:
+    """(largest nbytes, algorithm, parameters) of a collective: as tuned, or the default where nothing was."""
+    rows = (table or {}).get(collective) or default_table(len(host_indices), list(host_indices))[collective]
+    return [(nbytes, name, dict(params)) for nbytes, name, params in rows]

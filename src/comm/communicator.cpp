@@ -257,7 +257,7 @@ int Communicator::add_program(Program program) {
 void Communicator::set_choice(Collective collective, int root, std::vector<std::pair<size_t, int>> entries) {
   auto& stored = choices_[{static_cast<int>(collective), root}];
   stored = std::move(entries);
-  if (collective == Collective::all_reduce) all_reduce_choice_ = &stored;
+  if (collective == Collective::all_reduce && root < 0) all_reduce_choice_ = &stored;
 }
 
 int Communicator::choose(Collective collective, int root, size_t nbytes) const noexcept {

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "core/nap.h"
+
 namespace paracomm {
 namespace {
 
@@ -155,6 +157,14 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
           Endpoint& endpoint = *endpoints_[peer];
           lock.unlock();
           endpoint.wait(static_cast<int>(peer), std::chrono::microseconds(500));
+          try {
+            between_naps();
+          } catch (...) {
+            lock.lock();
+            driving_ = false;
+            changed_.notify_all();
+            throw;
+          }
           lock.lock();
         }
       }
@@ -181,7 +191,7 @@ void PointToPoint::finish(Work& work, double timeout_s) {
     if (!driving_)
       drive(lock, &work);
     else
-      changed_.wait(lock);
+      changed_.wait_for(lock, std::chrono::milliseconds(100));
   }
 }
 

@@ -1,6 +1,26 @@
 #include "comm/queue.h"
 
+#include <algorithm>
+#include <chrono>
+
+#include "core/nap.h"
+
 namespace paracomm {
+namespace {
+
+constexpr std::chrono::microseconds kNap{100'000};
+
+void relock_after_nap(std::unique_lock<std::mutex>& lock) {
+  try {
+    between_naps();
+  } catch (...) {
+    lock.lock();
+    throw;
+  }
+  lock.lock();
+}
+
+}  // namespace
 
 void CollectiveQueue::run(const Call& call) {
   std::unique_lock lock(mutex_);
@@ -56,28 +76,31 @@ void CollectiveQueue::run_front(std::unique_lock<std::mutex>& lock) {
 void CollectiveQueue::finish(Work& work, double timeout_s) {
   const Deadline deadline = Deadline::after(timeout_s);
   std::unique_lock lock(mutex_);
-  ++waiters_;
+  struct Waiter {
+    int& count;
+    explicit Waiter(int& c) : count(++c) {}
+    ~Waiter() { --count; }
+  } const waiter(waiters_);
   while (!work.done()) {
     if (!running_ && !items_.empty()) {
-      for (Item& item : items_)
-        if (deadline < item.job.deadline) {
-          item.job.deadline = deadline;
-          item.job.timeout_s = timeout_s;
-        }
+      Job& job = items_.front().job;
+      if (deadline < job.deadline) {
+        job.deadline = deadline;
+        job.timeout_s = timeout_s;
+      }
       run_front(lock);
-    } else if (deadline.is_never()) {
-      changed_.wait(lock);
-    } else if (changed_.wait_for(lock, deadline.remaining()) == std::cv_status::timeout && !work.done() &&
-               deadline.expired()) {
-      lock.unlock();
+      continue;
+    }
+    changed_.wait_for(lock, std::min<std::chrono::microseconds>(deadline.remaining(), kNap));
+    if (work.done()) break;
+    lock.unlock();
+    if (deadline.expired())
       comm_.fail(Error(ErrorKind::timeout, "rank " + std::to_string(comm_.rank()) +
                                                ": an asynchronous operation was not complete " +
                                                std::to_string(timeout_s) + " s after wait() was called"),
                  true);
-      lock.lock();
-    }
+    relock_after_nap(lock);
   }
-  --waiters_;
 }
 
 void CollectiveQueue::serve() {

@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "core/fd.h"
+#include "core/nap.h"
 
 namespace paracomm {
 namespace {
@@ -265,6 +266,7 @@ std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const In
       if (left)
         throw Error(ErrorKind::peer_lost,
                     std::string(what) + " rank " + std::to_string(peer) + ", which has closed its communicator");
+      between_naps();
       const bool queued = progress();
       const auto remaining = job.deadline.remaining();
       if (remaining.count() == 0)
