@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "core/error.h"
+#include "core/limits.h"
 
 namespace paracomm {
 namespace {

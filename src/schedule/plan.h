@@ -108,7 +108,4 @@ class Plan {
   std::vector<int32_t> level_begin_;
 };
 
-/// Messages to one peer that may be on their way before the sender waits; plans are checked against it.
-inline constexpr int kQueueDepth = 64;
-
 }  // namespace paracomm

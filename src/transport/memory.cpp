@@ -14,7 +14,7 @@
 #include <new>
 
 #include "core/error.h"
-#include "schedule/plan.h"
+#include "core/limits.h"
 
 namespace paracomm {
 
