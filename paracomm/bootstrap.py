@@ -4,7 +4,6 @@ MPI that came with the launcher; there is no rendezvous of our own."""
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from typing import Any
 from paracomm.comm import Communicator, connect
 from paracomm.comm.connect import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S
 from paracomm.errors import Error, InvalidArgument
-from paracomm.schedule import tune
 
 Exchange = Callable[[bytes], list[bytes]]
 
@@ -52,12 +50,7 @@ def init(
         interface=interface, master_address=master, **settings,
     )  # fmt: skip
     if "table" not in settings and world_size > 1:
-        # What was tuned on rank 0's machine for this layout, if anything: all ranks must choose alike.
-        path = tune.cache_path(comm.hosts[0], comm.host_indices)
-        found = json.dumps(tune.load(path)) if rank == 0 and path.exists() else ""
-        table = comm.exchange(found.encode())[0]
-        if table:
-            comm.use_table(json.loads(table))
+        comm.use_cached_table()
     return comm
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import json
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from paracomm.comm import programs
 from paracomm.comm.arrays import DTYPE_NAMES, View, arena_array, assign, contiguous, empty_like, view
 from paracomm.comm.work import Work
 from paracomm.errors import InvalidArgument, Mismatch
-from paracomm.schedule import Schedule, build
+from paracomm.schedule import Schedule, build, tune
 
 _SUM = _C.REDUCE_OPS["sum"]
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
@@ -114,6 +115,14 @@ class Communicator:
             for root in (-1, *range(self.world_size)):
                 self._core.set_choice(_C.COLLECTIVES[collective], root, [])
         self._choose("all_reduce", None, 0)
+
+    def use_cached_table(self) -> None:
+        """Chooses as `paracomm tune` found best for this layout, if rank 0's cache folder has such a table. Collective."""
+        path = tune.cache_path(self.hosts[0], self.host_indices)
+        found = json.dumps(tune.load(path)) if self.rank == 0 and path.exists() else ""
+        table = self.exchange(found.encode())[0]
+        if table:
+            self.use_table(json.loads(table))
 
     def _select(self, collective: str, root: int | None, nbytes: int, algorithm: str | Schedule | None) -> int:
         if root is not None and not 0 <= root < self.world_size:
