@@ -234,8 +234,9 @@ def test_a_killed_contender_is_reported() -> None:
 
     group = Group("victim", 2, Place(2).starts(), ["gloo"])
     os.kill(group.pids[1], signal.SIGKILL)
-    with pytest.raises(ContenderError, match="victim"):
-        group.ask({"do": "cpu"}, timeout_s=10)
+    for _ in range(2):  # at the first the socket may still take the command, at the second it does not
+        with pytest.raises(ContenderError, match=r"victim (died|did not answer)"):
+            group.ask({"do": "cpu"}, timeout_s=10)
     group.close()
     assert not any(Path(f"/proc/{pid}/cmdline").exists() and b"worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
                    for pid in group.pids)  # fmt: skip

@@ -70,8 +70,9 @@ def bench(
                     report.append_json(json, report.records(cells, report.about_this_run()))
     finally:
         contest.close()
-    if wrong:
-        typer.echo(f"\n{wrong} wrong elements", err=True)
+    ours_out = [label for label in contest.out if label.startswith(("paracomm", "native"))]
+    if wrong or ours_out:
+        typer.echo(f"\n{wrong} wrong elements; ended early: {', '.join(ours_out) or 'none of ours'}", err=True)
         raise typer.Exit(1)
 
 

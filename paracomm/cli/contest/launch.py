@@ -129,10 +129,13 @@ class Group:
         line = json.dumps(command) + "\n"
         for connection in self._connections:
             connection.settimeout(timeout_s)
-        for stream in self._streams:
-            stream.write(line)
-            stream.flush()
         what = f"'{command['do']}' {command.get('collective', '')}".strip()
+        try:
+            for stream in self._streams:
+                stream.write(line)
+                stream.flush()
+        except OSError:
+            raise ContenderError(f"{self.name} died before {what}{self.log_tail()}") from None
         replies = [self._read(stream, what) for stream in self._streams]
         errors = [(rank, reply["error"]) for rank, reply in enumerate(replies) if "error" in reply]
         if errors:
