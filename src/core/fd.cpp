@@ -19,8 +19,8 @@
 namespace paracomm {
 namespace {
 
-// Which descriptors are ours: one bit each. A fork handler may only use memory that no lock guards, so this is an array of
-// atomics; the kernel gives its pages when they are touched.
+// Which descriptors are ours: one bit each. A fork handler may only use memory that no lock guards, so this is an array
+// of atomics; the kernel gives its pages when they are touched.
 constexpr int kMaxFds = 1 << 20;
 std::array<std::atomic<uint64_t>, kMaxFds / 64> owned{};
 std::atomic<int> highest_owned{-1};

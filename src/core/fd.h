@@ -7,12 +7,12 @@
 
 namespace paracomm {
 
-/// How often this process descends by fork from the one that loaded the library, plus one. An object that remembers another value
-/// was made by a parent: its threads do not exist here and its descriptors are closed.
+/// How often this process descends by fork from the one that loaded the library, plus one. An object that remembers
+/// another value was made by a parent: its threads do not exist here and its descriptors are closed.
 int fork_generation() noexcept;
 
-/// Owns one descriptor. A forked child (a data-loader worker) closes all of them at once, or else peers would never see the
-/// end of a killed parent's connections; there `get()` is -1 and destruction does nothing.
+/// Owns one descriptor. A forked child (a data-loader worker) closes all of them at once, or else peers would never see
+/// the end of a killed parent's connections; there `get()` is -1 and destruction does nothing.
 class Fd {
  public:
   Fd() = default;

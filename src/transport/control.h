@@ -31,10 +31,11 @@ class ControlPlane {
  public:
   using Callback = std::function<void(const PeerEvent&)>;
 
-  /// `on_event` is called on the control thread, without locks, and must not throw or destroy this object. Per peer: any
-  /// number of `aborted`, then one `lost` or `left`.
+  /// `on_event` is called on the control thread, without locks, and must not throw or destroy this object. Per peer:
+  /// any number of `aborted`, then one `lost` or `left`.
   ControlPlane(int rank, std::vector<ControlLink> links, Callback on_event);
-  /// Hands out what is queued (for 100 ms at most), joins the thread, closes the connections. In a forked child: nothing.
+  /// Hands out what is queued (for 100 ms at most), joins the thread, closes the connections. In a forked child:
+  /// nothing.
   ~ControlPlane();
   ControlPlane(const ControlPlane&) = delete;
   ControlPlane& operator=(const ControlPlane&) = delete;

@@ -40,10 +40,10 @@ class Listener {
   /// What every other rank must be given: `address()`, serialised.
   std::string publish() const { return address_.serialise(); }
 
-  /// Connects all ranks to all. `blobs[r]` is what rank r published. Rank i connects to every j < i and accepts every j > i,
-  /// everything at once, so that no order of arrival can block. Call once: it closes the listening sockets.
-  /// The result has one entry per peer, in rank order (none for `rank` itself).
-  /// Throws Error(timeout) naming the ranks that are missing, Error(security) if one answered with a wrong proof.
+  /// Connects all ranks to all. `blobs[r]` is what rank r published. Rank i connects to every j < i and accepts every j
+  /// > i, everything at once, so that no order of arrival can block. Call once: it closes the listening sockets. The
+  /// result has one entry per peer, in rank order (none for `rank` itself). Throws Error(timeout) naming the ranks that
+  /// are missing, Error(security) if one answered with a wrong proof.
   std::vector<PeerSockets> connect(int rank, const std::vector<std::string>& blobs, Deadline deadline,
                                    int sockets_per_peer = 1);
 
@@ -57,7 +57,8 @@ class Listener {
 
 /// Passes descriptor `fd` over a Unix socket. Throws Error(peer_lost) or Error(timeout).
 void send_fd(const Fd& socket, int fd, Deadline deadline);
-/// Takes one descriptor that `send_fd` passed. Throws Error(peer_lost), Error(timeout), or Error(security) for anything else.
+/// Takes one descriptor that `send_fd` passed. Throws Error(peer_lost), Error(timeout), or Error(security) for anything
+/// else.
 Fd recv_fd(const Fd& socket, Deadline deadline);
 
 }  // namespace paracomm

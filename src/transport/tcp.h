@@ -1,7 +1,7 @@
 // TCP between hosts: messages by reference, striped over several sockets when they are long.
 //
-// On the wire a message is a header (signature, nbytes) and its payload. Both follow each other on socket 0; a payload of
-// `stripe_from` bytes or more is cut into one contiguous part per socket.
+// On the wire a message is a header (signature, nbytes) and its payload. Both follow each other on socket 0; a payload
+// of `stripe_from` bytes or more is cut into one contiguous part per socket.
 #pragma once
 
 #include <poll.h>

@@ -128,7 +128,8 @@ Fd call(const SocketAddress& address) {
   return fd;
 }
 
-/// Bytes that no member would send first: noise, another protocol, a right start with a wrong proof, one byte of the right start.
+/// Bytes that no member would send first: noise, another protocol, a right start with a wrong proof, one byte of the
+/// right start.
 std::vector<std::string> garbage() {
   Digest wrong{};
   const Handshake forger = Handshake::connector(wrong, {1, 0, 0, 3});
