@@ -17,7 +17,12 @@ __all__ = [
 ]  # fmt: skip
 
 # Schedules need no extension, so that it is loaded with the first name that does.
-_LAZY = {"init": "paracomm.bootstrap", "Communicator": "paracomm.comm", "Work": "paracomm.comm", "connect": "paracomm.comm"}
+_LAZY = {
+    "init": "paracomm.bootstrap",
+    "Communicator": "paracomm.comm",
+    "Work": "paracomm.comm",
+    "connect": "paracomm.comm",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
-"""`init()`: the communicator of all ranks that torchrun, mpirun or srun started. Addresses travel through the torch Store or the
-MPI that came with the launcher; there is no rendezvous of our own."""
+"""`init()`: the communicator of all ranks that torchrun, mpirun or srun started. Addresses travel through the torch
+Store or the MPI that came with the launcher; there is no rendezvous of our own."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def init(
 ) -> Communicator:
     """The communicator of all ranks of the job. Collective.
 
-    Under torchrun (or with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand) through the torch Store; under mpirun
-    through mpi4py; under srun through mpi4py if it sees the job's ranks, else through the torch Store. Without any launcher:
-    a world of one rank.
+    Under torchrun (or with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand) through the torch Store; under
+    mpirun through mpi4py; under srun through mpi4py if it sees the job's ranks, else through the torch Store. Without
+    any launcher: a world of one rank.
 
     Args:
         timeout_s: of an operation, in seconds.
@@ -71,7 +71,9 @@ def _through_store(timeout_s: float) -> tuple[int, int, Exchange, str]:
     try:
         import torch.distributed as dist
     except ImportError as error:
-        raise Error("RANK and WORLD_SIZE are set, so the ranks meet in a torch Store, but torch is not installed") from error
+        raise Error(
+            "RANK and WORLD_SIZE are set, so ranks meet in a torch Store, but torch is not installed"
+        ) from error
     limit = timedelta(seconds=timeout_s)
     if dist.is_initialized():
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
@@ -118,7 +120,8 @@ def _under_slurm(timeout_s: float) -> tuple[int, int, Exchange, str]:
     if "MASTER_ADDR" not in environment:
         nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
         try:
-            names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
+            command = ["scontrol", "show", "hostnames", nodes]
+            names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as error:
             raise InvalidArgument(f"cannot tell the first host of the Slurm step {nodes!r}; set MASTER_ADDR") from error
         environment["MASTER_ADDR"] = names.split()[0]

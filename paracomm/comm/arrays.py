@@ -75,7 +75,8 @@ def arena_array(shape: int | Sequence[int], dtype: Any, like: str | None) -> Any
     torch = sys.modules.get("torch")
     if like == "torch" and torch is None:
         import torch
-    as_torch = like == "torch" or (like is None and torch is not None and (dtype is None or isinstance(dtype, torch.dtype)))
+    for_torch = torch is not None and (dtype is None or isinstance(dtype, torch.dtype))
+    as_torch = like == "torch" or (like is None and for_torch)
     count = math.prod(shape)
     if as_torch:
         assert torch is not None

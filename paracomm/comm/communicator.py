@@ -16,7 +16,7 @@ from paracomm import _C
 from paracomm.comm import programs
 from paracomm.comm.arrays import DTYPE_NAMES, View, arena_array, assign, contiguous, empty_like, view
 from paracomm.comm.work import Work
-from paracomm.errors import InvalidArgument, Mismatch
+from paracomm.errors import InvalidArgument
 from paracomm.schedule import Schedule, build, tune
 
 _SUM = _C.REDUCE_OPS["sum"]
@@ -32,14 +32,14 @@ def _close_all() -> None:
 class Communicator:
     """A group of ranks. All ranks call the same collectives in the same order.
 
-    Arrays are torch CPU tensors, NumPy arrays, or objects with `__dlpack__`, of float64/32/16, bfloat16, int8/16/32/64,
-    uint8 or bool. Reductions: sum, prod, min, max, avg, band, bor, bxor; 16-bit floats accumulate in float32. Each method
-    takes `async_op=True` for a `Work` instead of the result, `algorithm=` for a schedule by name or a `Schedule`, and
-    `timeout_s=` for another timeout than the communicator's.
+    Arrays are torch CPU tensors, NumPy arrays, or objects with `__dlpack__`, of float64/32/16, bfloat16,
+    int8/16/32/64, uint8 or bool. Reductions: sum, prod, min, max, avg, band, bor, bxor; 16-bit floats accumulate in
+    float32. Each method takes `async_op=True` for a `Work` instead of the result, `algorithm=` for a schedule by name
+    or a `Schedule`, and `timeout_s=` for another timeout than the communicator's.
 
     Every method raises, on every surviving rank: PeerLost (a rank died or left), Timeout, Mismatch (ranks called
-    different things); and at once, before anything is sent: InvalidArgument. After the first three the communicator is of
-    no further use.
+    different things); and at once, before anything is sent: InvalidArgument. After the first three the communicator
+    is of no further use.
     """
 
     def __init__(self, core: _C.Communicator, table: dict[str, Any] | None = None, settings: tuple[Any, ...] = ()):
@@ -71,7 +71,7 @@ class Communicator:
         return list(self._core.local_ranks)
 
     def transport(self, peer: int) -> str:
-        """"shm", "tcp", "local" or "self": how this rank reaches `peer`."""
+        """ "shm", "tcp", "local" or "self": how this rank reaches `peer`."""
         return str(self._core.transport(peer))
 
     def bytes_sent(self, peer: int) -> int:
@@ -91,7 +91,8 @@ class Communicator:
         if key not in self._programs:
             if schedule.world_size != self.world_size:
                 raise InvalidArgument(
-                    f"schedule [{schedule.name}] is for {schedule.world_size} ranks, the communicator has {self.world_size}"
+                    f"schedule [{schedule.name}] is for {schedule.world_size} ranks, "
+                    f"the communicator has {self.world_size}"
                 )
             self._programs[key] = self._core.add_program(programs.bind(schedule, self.rank))
         return self._programs[key]
@@ -117,7 +118,7 @@ class Communicator:
         self._choose("all_reduce", None, 0)
 
     def use_cached_table(self) -> None:
-        """Chooses as `paracomm tune` found best for this layout, if rank 0's cache folder has such a table. Collective."""
+        """Chooses as `paracomm tune` found best for this layout, if rank 0 has such a table in its cache. Collective."""
         path = tune.cache_path(self.hosts[0], self.host_indices)
         found = json.dumps(tune.load(path)) if self.rank == 0 and path.exists() else ""
         table = self.exchange(found.encode())[0]
@@ -157,9 +158,9 @@ class Communicator:
     ) -> Any:  # fmt: skip
         """The reduction of every rank's x, on every rank: into `out` (shape and dtype of x) or, without it, into x."""
         code = _op_code(op)
-        if out is None and not async_op and algorithm is None and timeout_s is None:
-            if self._fast_all_reduce(x, code):
-                return x
+        plain = out is None and not async_op and algorithm is None and timeout_s is None
+        if plain and self._fast_all_reduce(x, code):
+            return x
         source, v = _readable(x)
         target, w, finish = (source, v, _write_back(x, source)) if out is None else _writable(out)
         _same("all_reduce", v, w, v.count)
@@ -172,7 +173,7 @@ class Communicator:
         self, x: Any, root: int = 0, op: str = "sum", *, out: Any = None, async_op: bool = False,
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
-        """The reduction of every rank's x, on the root: into `out` or, without it, into the root's x. Others keep theirs."""
+        """The reduction of every rank's x on the root: into `out` or, without it, the root's x. Others keep theirs."""
         source, v = _readable(x)
         program = self._select("reduce", root, v.nbytes, algorithm)
         if self.rank != root:
@@ -190,13 +191,14 @@ class Communicator:
         source, v = _readable(x)
         program = self._select("broadcast", root, v.nbytes, algorithm)
         finish = None if self.rank == root else _write_back(x, source)
-        return self._run(program, v.address, v.address, v.count, v.dtype, _SUM, timeout_s, async_op, x, (source, x), finish)
+        return self._run(program, v.address, v.address, v.count, v.dtype, _SUM, timeout_s, async_op, x, (source, x),
+                         finish)  # fmt: skip
 
     def all_gather(
         self, x: Any, *, out: Any = None, async_op: bool = False, algorithm: str | Schedule | None = None,
         timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
-        """Every rank's x, stacked: [world_size, *x.shape] (or `out`, of as many elements). In place: x is out's own block."""
+        """Every rank's x, stacked: [world_size, *x.shape] (or `out`, of as many elements). In place: x is out's block."""
         source, v = _readable(x)
         if out is None:
             out = empty_like(x, (self.world_size, *x.shape))
@@ -219,7 +221,7 @@ class Communicator:
         rows = self._rows(x.shape[0]) if rows is None else list(rows)
         width = math.prod(x.shape[1:])
         if len(rows) != self.world_size or rows[self.rank] != x.shape[0]:
-            raise InvalidArgument(f"all_gather_v: rows {rows} do not fit x of shape {tuple(x.shape)} on rank {self.rank}")
+            raise InvalidArgument(f"all_gather_v: rows {rows} do not fit {tuple(x.shape)} on rank {self.rank}")
         if out is None:
             out = empty_like(x, (sum(rows), *x.shape[1:]))
         target, w, finish = _writable(out)
@@ -232,11 +234,12 @@ class Communicator:
         self, x: Any, op: str = "sum", *, out: Any = None, async_op: bool = False,
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
-        """This rank's block of the reduction of every rank's x, which is cut into world_size equal blocks along dimension 0:
-        [x.shape[0] / world_size, ...] (or `out`, of as many elements; it may be x's own block). x is kept otherwise."""
+        """This rank's block of the reduction of every rank's x, which is cut into world_size equal blocks along
+        dimension 0: [x.shape[0] / world_size, ...] (or `out`, of as many elements; it may be x's own block). x is kept
+        otherwise."""
         source, v = _readable(x)
         if v.count % self.world_size:
-            raise InvalidArgument(f"reduce_scatter: {v.count} elements do not divide into {self.world_size} equal blocks")
+            raise InvalidArgument(f"reduce_scatter: {v.count} elements are not {self.world_size} equal blocks")
         if out is None:
             out = empty_like(x, _block_shape("reduce_scatter", x.shape, self.world_size))
         target, w, finish = _writable(out)
@@ -266,8 +269,8 @@ class Communicator:
         self, x: Any, *, out: Any = None, async_op: bool = False, algorithm: str | Schedule | None = None,
         timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
-        """x is cut into world_size equal blocks along dimension 0 and block r goes to rank r; the result (shape of x, or
-        `out`) holds what came from rank r in block r."""
+        """x is cut into world_size equal blocks along dimension 0 and block r goes to rank r; the result (shape of x,
+        or `out`) holds what came from rank r in block r."""
         source, v = _readable(x)
         if v.count % self.world_size:
             raise InvalidArgument(f"all_to_all: {v.count} elements do not divide into {self.world_size} equal blocks")
@@ -346,8 +349,8 @@ class Communicator:
             source, v = _readable(x)
             _same("scatter", v, w, w.count, v.count // self.world_size if v.count % self.world_size == 0 else -1)
             address = v.address
-        return self._run(program, address, w.address, w.count * self.world_size, w.dtype, _SUM, timeout_s, async_op, out,
-                         (source, target, x, out), finish)  # fmt: skip
+        return self._run(program, address, w.address, w.count * self.world_size, w.dtype, _SUM, timeout_s, async_op,
+                         out, (source, target, x, out), finish)  # fmt: skip
 
     def barrier(
         self, *, async_op: bool = False, algorithm: str | Schedule | None = None, timeout_s: float | None = None
@@ -393,7 +396,7 @@ class Communicator:
         return self._last_rows
 
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
-        """A communicator of the ranks that give the same color, ordered by (key, rank); None for color None. Collective."""
+        """A communicator of the ranks that give the same color, by (key, rank); None for color None. Collective."""
         from paracomm.comm.connect import connect
 
         mine = np.array([-1 if color is None else color, key], np.int64)
@@ -409,8 +412,8 @@ class Communicator:
         transport, interface, master_address, host_id, connect_timeout_s, tuning = self._settings
         return connect(
             ranks.index(self.rank), len(ranks), lambda blob: [self.exchange(blob)[r] for r in ranks],
-            transport=transport, timeout_s=self._core.timeout_s, connect_timeout_s=connect_timeout_s, interface=interface,
-            master_address=master_address, host_id=host_id, **tuning,
+            transport=transport, timeout_s=self._core.timeout_s, connect_timeout_s=connect_timeout_s,
+            interface=interface, master_address=master_address, host_id=host_id, **tuning,
         )  # fmt: skip
 
     def abort(self, why: str = "abort() was called") -> None:
@@ -482,5 +485,5 @@ def _same(what: str, v: View, w: View, expected: int, found: int | None = None) 
 
 def _block_shape(what: str, shape: Sequence[int], world_size: int) -> tuple[int, ...]:
     if not shape or shape[0] % world_size:
-        raise InvalidArgument(f"{what}: dimension 0 of shape {tuple(shape)} is not a multiple of world_size {world_size}")
+        raise InvalidArgument(f"{what}: dimension 0 of {tuple(shape)} is not a multiple of world_size {world_size}")
     return (shape[0] // world_size, *shape[1:])

@@ -1,4 +1,4 @@
-"""Making communicators: every rank publishes an address through an exchange that the launcher's own store or MPI provides."""
+"""Making communicators: every rank publishes its address through an exchange that the launcher's store or MPI gives."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def connect(
     listener = _C.Listener(interface=interface, master_address=master_address, host_id=host_id)
     blobs = exchange(listener.publish())
     exchange(b"")  # as many rounds as with threads, so that a rank that stays out of a split can keep step
-    core = _C.connect(
-        rank, listener, blobs, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s, **tuning
-    )
+    core = _C.connect(rank, listener, blobs, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s, **tuning)
     return Communicator(core, table, settings)
 
 

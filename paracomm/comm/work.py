@@ -18,7 +18,7 @@ class Work:
         self._finish = finish
 
     def wait(self, timeout_s: float | None = None) -> Any:
-        """Blocks until the operation is complete and returns its result array. A waiting thread runs the operation itself.
+        """Blocks until the operation is complete and returns its result. A waiting thread runs the operation itself.
 
         Raises:
             Timeout: not complete after `timeout_s` seconds (None: the operation's own timeout). The communicator is of
