@@ -207,9 +207,10 @@ class Mpi(Contender):
         if op == "avg":
             raise NotImplementedError("MPI has no avg")
         reduction = getattr(mpi, op.upper())
+        default = () if op == "sum" else (reduction,)  # as people write it
         in_place = recv is send
         calls: dict[str, Call] = {
-            "all_reduce": functools.partial(comm.Allreduce, mpi.IN_PLACE if in_place else send, recv, reduction),
+            "all_reduce": functools.partial(comm.Allreduce, mpi.IN_PLACE if in_place else send, recv, *default),
             "reduce": functools.partial(
                 comm.Reduce, mpi.IN_PLACE if in_place and at_root else send, recv if at_root else None, reduction, root
             ),
@@ -260,8 +261,9 @@ class Paracomm(Contender):
         chosen = {"algorithm": self.algorithm} if self.algorithm else {}
         out = {} if recv is send else {"out": recv}
         at_root = self.rank == root
+        reduction = () if op == "sum" else (op,)  # as people write it
         calls: dict[str, Callable[[], Call]] = {
-            "all_reduce": lambda: functools.partial(comm.all_reduce, send, op=op, **out, **chosen),
+            "all_reduce": lambda: functools.partial(comm.all_reduce, send, *reduction, **out, **chosen),
             "reduce": lambda: functools.partial(comm.reduce, send, root=root, op=op, **chosen),
             "broadcast": lambda: functools.partial(comm.broadcast, send, root=root, **chosen),
             "all_gather": lambda: functools.partial(comm.all_gather, send, out=recv, **chosen),
