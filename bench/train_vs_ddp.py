@@ -1,6 +1,6 @@
 """Steps per second of the training loop: our reducer and communicator against torch DDP over Gloo, in one run.
 
-    python bench/train_vs_ddp.py [--ranks 2] [--rounds 12] [--block 10] [--width 128] [--batch 12] [--json FILE]
+    python bench/train_vs_ddp.py [--ranks 2] [--rounds 40] [--block 4] [--width 128] [--batch 12] [--json FILE]
 
 Both train the same model on the same batches, in the same processes, in turns of `--block` steps whose order changes
 every round, so that whatever else the machine does falls on both. First their losses must agree. The bar is a ratio of
@@ -33,13 +33,13 @@ AGREEMENT = 1e-4
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--block", type=int, default=10, help="steps a turn")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--block", type=int, default=4, help="steps a turn")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch", type=int, default=12, help="sequences a step, over all ranks")
-    parser.add_argument("--bucket-mib", type=float, default=1.0)
+    parser.add_argument("--bucket-mib", type=float, default=2.0)
     parser.add_argument("--json", type=Path, default=RESULTS, help="file that the JSON line is added to")
     return parser.parse_args()
 

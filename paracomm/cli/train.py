@@ -38,7 +38,7 @@ def train(
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out files.")] = 500,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    bucket_mib: Annotated[float, typer.Option(help="Size of a gradient bucket, MiB.")] = 1.0,
+    bucket_mib: Annotated[float, typer.Option(help="Size of a gradient bucket, MiB.")] = 2.0,
     reducer: Annotated[str, typer.Option(help="paracomm, or ddp for torch DDP.")] = "paracomm",
     backend: Annotated[str, typer.Option(help="torch.distributed backend of --reducer ddp.")] = "gloo",
     prompt: Annotated[str, typer.Option(help="Start of the sample.")] = "def ",

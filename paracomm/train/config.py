@@ -37,7 +37,7 @@ class TrainConfig:
     eval_windows: int = 192
     checkpoint_every: int = 500
     resume: bool = False
-    bucket_mib: float = 1.0
+    bucket_mib: float = 2.0
     reducer: str = "paracomm"
     backend: str = "gloo"
     prompt: str = "def "
