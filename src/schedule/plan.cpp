@@ -186,7 +186,12 @@ class PlanBuilder {
     plan_.stride_ = std::max(1, (plan_.levels_ * depth * 2 + kQueueDepth - 1) / kQueueDepth);
     plan_.in_flight_ = plan_.levels_ / plan_.stride_ + 1;
     const bool all_to_all = program_.collective == Collective::all_to_all;
-    ops_ = plan_.tiles_ > 1 || smallest != largest || all_to_all ? explode(program_.ops) : program_.ops;
+    // Chunks of one op lie back to back where all are alike and in one place; here a rank's own is apart from the rest.
+    const bool apart =
+        program_.collective == Collective::reduce_scatter || program_.collective == Collective::scatter || all_to_all;
+    const bool whole = plan_.tiles_ == 1 && smallest == largest && !apart;
+    ops_ = whole ? program_.ops : explode(program_.ops);
+    if (whole) plan_.slot_bytes_ = bytes;
     plan_.scratch_slots_ = program_.scratch_chunks + program_.chunks;
     written_.assign(program_.chunks, false);
     will_write_.assign(program_.chunks, false);

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <utility>
 
@@ -57,7 +58,13 @@ std::shared_ptr<Mapping> map_shared(Fd fd) {
 }
 
 Arena& Arena::process() {
-  static auto* arena = new Arena;  // outlives every tensor: buffers may be released after static destruction began
+  // Never destroyed: buffers may be released after static destruction began. A forked child makes its own.
+  static std::atomic<Arena*> current{nullptr};
+  Arena* arena = current.load(std::memory_order_acquire);
+  while (arena == nullptr || arena->generation_ != fork_generation()) {
+    std::unique_ptr<Arena> fresh(new Arena);
+    if (current.compare_exchange_strong(arena, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
+  }
   return *arena;
 }
 

@@ -40,7 +40,7 @@ std::shared_ptr<Mapping> map_shared(Fd fd);
 
 class Arena {
  public:
-  /// The arena of this process, made on first use.
+  /// The arena of this process, made on first use; not the parent's in a forked child.
   static Arena& process();
 
   /// Zeroed memory, aligned to a page. Throws Error(error) when the arena is full, or in a forked child (which shares

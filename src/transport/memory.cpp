@@ -228,8 +228,10 @@ void MemoryEndpoint::ring(const Link& to) noexcept {
 
 bool MemoryEndpoint::sent(int peer, uint64_t index) {
   Link& to = link(peer);
-  if (index >= to.by_reference) return true;  // copied
-  return to.seen_consumed > index || consumed(to) > index;
+  if (to.by_reference == 0) return true;  // all were copied
+  // A later one that was copied vouches for those before it, too.
+  const uint64_t last = std::min(index, to.by_reference - 1);
+  return to.seen_consumed > last || consumed(to) > last;
 }
 
 const std::byte* MemoryEndpoint::try_recv(int peer, const Signature& signature, size_t nbytes, std::byte* into) {
