@@ -12,7 +12,10 @@ from paracomm.schedule.schedule import COLLECTIVES, ROOTED
 
 FOLDER = Path(__file__).resolve().parent
 WORLDS = (2, 3, 5, 8)
-HEAD = "collective name rank world_size root chunks scratch_chunks volume levels pair_depth fingerprint n_ops".split()
+HEAD = (
+    "collective", "name", "rank", "world_size", "root", "chunks", "scratch_chunks", "volume", "levels", "pair_depth",
+    "fingerprint", "n_ops",
+)  # fmt: skip
 
 
 def schedules(collective: str, name: str) -> list[Schedule]:
