@@ -93,7 +93,7 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
 
   std::vector<PeerSockets> sockets = listener.connect(rank, blobs, deadline, options.sockets_per_peer + 1);
   // Collectives and point-to-point have a queue of their own each: neither waits for the other's order.
-  const MemoryOptions memory{options.staging_bytes}, p2p_memory{1 << 20};
+  const MemoryOptions memory{options.staging_bytes, options.read_from}, p2p_memory{1 << 20, options.read_from};
   std::vector<int> which(static_cast<size_t>(world_size), -1);
   std::vector<std::unique_ptr<Endpoint>> endpoints, p2p_endpoints;
   if (n_local > 1) {
@@ -108,14 +108,14 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
       auto segment = std::make_shared<Segment>(n_local, memory, recv_fd(peer.control, deadline));
       auto p2p_segment = std::make_shared<Segment>(n_local, p2p_memory, recv_fd(peer.control, deadline));
       auto arena = map_shared(recv_fd(peer.control, deadline));
-      peers.push_back({peer.rank, local_rank(peer.rank), std::move(segment), arena});
-      p2p_peers.push_back({peer.rank, local_rank(peer.rank), std::move(p2p_segment), arena});
+      peers.push_back({peer.rank, local_rank(peer.rank), std::move(segment), arena, peer.pid});
+      p2p_peers.push_back({peer.rank, local_rank(peer.rank), std::move(p2p_segment), arena, peer.pid});
       which[static_cast<size_t>(peer.rank)] = static_cast<int>(endpoints.size());
     }
     const int mine = local_rank(rank);
     endpoints.push_back(
-        std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, own, nullptr}, std::move(peers), world_size, memory));
-    p2p_endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, p2p_own, nullptr},
+        std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, own, nullptr, 0}, std::move(peers), world_size, memory));
+    p2p_endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, p2p_own, nullptr, 0},
                                                              std::move(p2p_peers), world_size, p2p_memory));
   }
   if (n_local < world_size) {
@@ -143,7 +143,7 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
 std::vector<std::shared_ptr<Communicator>> Communicator::local(int world_size, const CommOptions& options) {
   if (world_size < 1) throw Error(ErrorKind::invalid_argument, "a world has at least one rank");
   auto group = std::make_shared<LocalGroup>();
-  const MemoryOptions memory{options.staging_bytes};
+  const MemoryOptions memory{options.staging_bytes, options.read_from};
   std::vector<std::shared_ptr<Segment>> segments, p2p_segments;
   for (int r = 0; r < world_size; ++r) {
     segments.push_back(std::make_shared<Segment>(world_size, memory, false));
@@ -160,14 +160,14 @@ std::vector<std::shared_ptr<Communicator>> Communicator::local(int world_size, c
       comm->local_ranks_.push_back(p);
       comm->host_indices_.push_back(0);
       if (p == r) continue;
-      peers.push_back({p, p, segments[static_cast<size_t>(p)], nullptr});
-      p2p_peers.push_back({p, p, p2p_segments[static_cast<size_t>(p)], nullptr});
+      peers.push_back({p, p, segments[static_cast<size_t>(p)], nullptr, 0});
+      p2p_peers.push_back({p, p, p2p_segments[static_cast<size_t>(p)], nullptr, 0});
     }
     std::vector<std::unique_ptr<Endpoint>> endpoints, p2p_endpoints;
-    endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{r, r, segments[static_cast<size_t>(r)], nullptr},
+    endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{r, r, segments[static_cast<size_t>(r)], nullptr, 0},
                                                          std::move(peers), world_size, memory));
     p2p_endpoints.push_back(std::make_unique<MemoryEndpoint>(
-        MemoryPeer{r, r, p2p_segments[static_cast<size_t>(r)], nullptr}, std::move(p2p_peers), world_size, memory));
+        MemoryPeer{r, r, p2p_segments[static_cast<size_t>(r)], nullptr, 0}, std::move(p2p_peers), world_size, memory));
     comm->start(std::move(endpoints), std::move(which), std::move(p2p_endpoints));
     comm->group_ = group;
     group->members.push_back(comm.get());

@@ -27,6 +27,7 @@ struct CommOptions {
   double timeout_s = 1800;         ///< of an operation
   size_t window_bytes = 1 << 20;   ///< the most that a rank sends per tile
   size_t staging_bytes = 4 << 20;  ///< of shared memory a rank; at least four windows
+  size_t read_from = 32 << 10;           ///< bytes of private memory from which on local peers read them, if they may
   int sockets_per_peer = 1;
   int cores = 0;  ///< 0: as many as this process may use
 };

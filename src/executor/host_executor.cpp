@@ -26,7 +26,8 @@ inline void pause_cpu() noexcept {
 #endif
 }
 
-const Instruction kDraining{};  // for messages about the end of a job
+constexpr size_t kTimed = 16 << 10;  // bytes from which on it is worth two looks at the clock
+const Instruction kDraining{};       // for messages about the end of a job
 
 std::string seconds_text(double seconds) {
   char text[32];
@@ -175,6 +176,8 @@ void HostExecutor::execute(const Job& job, const Instruction& instruction, int32
   }
   if (store) dsts_.push_back(place);
 
+  const bool timed = reserved != nullptr && one_source && nbytes >= kTimed;
+  const auto start = timed ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
   if (!dsts_.empty() && nbytes > 0) {
     if (one_source)
       copy_bytes(dsts_.data(), static_cast<int>(dsts_.size()), srcs_[0], nbytes);
@@ -182,6 +185,8 @@ void HostExecutor::execute(const Job& job, const Instruction& instruction, int32
       job.reduce(dsts_.data(), static_cast<int>(dsts_.size()), srcs_.data(), static_cast<int>(srcs_.size()),
                  nbytes / plan.element_bytes(), instruction.final ? job.divisor : 1);
   }
+
+  if (timed) reserved_by->staged(nbytes, std::chrono::steady_clock::now() - start);
 
   for (const Source& source : instruction.sources)
     if (source.peer >= 0) endpoints_[source.peer]->release(source.peer);

@@ -29,6 +29,8 @@ class Endpoint {
   virtual bool stages() const noexcept = 0;
   /// Memory to write a message into, for one or several of the next sends. nullptr: no room yet, `wait` and try again.
   virtual std::byte* try_reserve(size_t nbytes) = 0;
+  /// How long it took to write `nbytes` there; transports with a choice learn from it.
+  virtual void staged(size_t /*nbytes*/, std::chrono::nanoseconds /*took*/) noexcept {}
   /// Queues one message to `peer`; `data` is reserved memory, or bytes that stay as they are until `sent(peer, index)`.
   /// `index` counts the messages to this peer from 0. False: the queue is full, `wait` and try again.
   virtual bool try_send(int peer, const Signature& signature, const std::byte* data, size_t nbytes,
