@@ -1,4 +1,4 @@
-"""The C++ tests run the programs of today: `python tests/golden/programs/write.py` rewrites them when that is meant."""
+"""The C++ tests run the programs of today: `python tests/golden/programs/write.py` rewrites what should change."""
 
 import runpy
 from pathlib import Path
