@@ -313,9 +313,9 @@ const std::byte* MemoryEndpoint::try_recv(int peer, const Signature& signature, 
   const size_t length = kind >= kInlined ? kind - kInlined : slot.far.nbytes;
   if (!(slot.signature == signature) || length != nbytes) [[unlikely]] {
     std::string text = "rank " + std::to_string(peer) + " is in " + describe(slot.signature);
-    const std::string differs = difference(signature, slot.signature);
-    text += differs.empty() ? ", message of " + std::to_string(length) + " bytes, expected " + std::to_string(nbytes)
-                            : " (" + differs + ")";
+    text += slot.signature == signature
+                ? ", message of " + std::to_string(length) + " bytes, expected " + std::to_string(nbytes)
+                : " (" + difference(signature, slot.signature) + ")";
     throw Error(ErrorKind::mismatch, text);
   }
   ++from.received;
