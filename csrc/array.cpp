@@ -177,9 +177,9 @@ ArrayView view_of_dlpack(PyObject* object) {
 ArrayView view_of(PyObject* object) {
   const Torch* torch = torch_names();
   if (torch != nullptr) {
-    const int is_tensor = PyObject_IsInstance(object, torch->tensor_type);
-    if (is_tensor < 0) throw py::error_already_set();
-    if (is_tensor == 1) return view_of_tensor(object, *torch);
+    // Not isinstance: the tensor's metaclass would make it a call into Python.
+    if (PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(torch->tensor_type)) != 0)
+      return view_of_tensor(object, *torch);
   }
   if (PyObject_CheckBuffer(object) != 0) return view_of_buffer(object);
   if (PyObject_HasAttrString(object, "__dlpack__") != 0) return view_of_dlpack(object);

@@ -157,10 +157,10 @@ class Communicator:
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """The reduction of every rank's x, on every rank: into `out` (shape and dtype of x) or, without it, into x."""
+        plain = not async_op and algorithm is None and timeout_s is None
+        if plain and self._fast_all_reduce(x, op, out):
+            return x if out is None else out
         code = _op_code(op)
-        plain = out is None and not async_op and algorithm is None and timeout_s is None
-        if plain and self._fast_all_reduce(x, code):
-            return x
         source, v = _readable(x)
         target, w, finish = (source, v, _write_back(x, source)) if out is None else _writable(out)
         _same("all_reduce", v, w, v.count)

@@ -24,10 +24,10 @@
 namespace paracomm {
 
 struct CommOptions {
-  double timeout_s = 1800;         ///< of an operation
-  size_t window_bytes = 1 << 20;   ///< the most that a rank sends per tile
-  size_t staging_bytes = 4 << 20;  ///< of shared memory a rank; at least four windows
-  size_t read_from = 32 << 10;           ///< bytes of private memory from which on local peers read them, if they may
+  double timeout_s = 1800;      ///< of an operation
+  size_t window_bytes = 0;      ///< the most that a rank sends per tile; 0: 320 KiB on one host, 4 MiB between hosts
+  size_t staging_bytes = 0;     ///< of shared memory a rank; 0: four windows
+  size_t read_from = 32 << 10;  ///< bytes of private memory from which on local peers read them, if they may
   int sockets_per_peer = 1;
   int cores = 0;  ///< 0: as many as this process may use
 };
@@ -103,6 +103,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Communicator(int rank, int world_size, const CommOptions& options, std::vector<std::string> hosts);
   void start(std::vector<std::unique_ptr<Endpoint>> endpoints, std::vector<int> which,
              std::vector<std::unique_ptr<Endpoint>> p2p_endpoints);
+  void size_windows(bool network);
   Patience patience() const;
   const Plan& plan(const Call& call);
   Job prepare(const Call& call);

@@ -27,6 +27,7 @@ inline void pause_cpu() noexcept {
 }
 
 constexpr size_t kTimed = 16 << 10;  // bytes from which on it is worth two looks at the clock
+constexpr size_t kBlock = 8 << 10;   // stays in the first-level cache
 const Instruction kDraining{};       // for messages about the end of a job
 
 std::string seconds_text(double seconds) {
@@ -176,9 +177,13 @@ void HostExecutor::execute(const Job& job, const Instruction& instruction, int32
   }
   if (store) dsts_.push_back(place);
 
-  const bool timed = reserved != nullptr && one_source && nbytes >= kTimed;
+  const bool judged = reserved != nullptr && nbytes >= kTimed;
+  const bool stream = judged && reserved_by->streams();
+  const bool timed = judged && one_source && !stream;
   const auto start = timed ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
-  if (!dsts_.empty() && nbytes > 0) {
+  if (stream) {
+    write_streaming(job, instruction, reserved, nbytes);
+  } else if (!dsts_.empty() && nbytes > 0) {
     if (one_source)
       copy_bytes(dsts_.data(), static_cast<int>(dsts_.size()), srcs_[0], nbytes);
     else
@@ -200,6 +205,31 @@ void HostExecutor::execute(const Job& job, const Instruction& instruction, int32
           [&] { return endpoint.try_send(to.peer, job.signature, data, nbytes, index); });
     record(job, to, tile) = by_reference ? index : kCopied;
     if (by_reference) by_reference_[static_cast<size_t>(to.peer)] = index + 1;
+  }
+}
+
+/// The value block by block: into the cache first, from there past it into `reserved`.
+void HostExecutor::write_streaming(const Job& job, const Instruction& instruction, std::byte* reserved, size_t nbytes) {
+  const size_t element = job.plan->element_bytes();
+  std::erase(dsts_, reserved);
+  alignas(64) std::byte block[kBlock];
+  for (size_t at = 0; at < nbytes; at += kBlock) {
+    const size_t n = std::min(kBlock, nbytes - at);
+    for (void*& dst : dsts_) dst = static_cast<std::byte*>(dst) + (at > 0 ? kBlock : 0);
+    for (const void*& src : srcs_) src = static_cast<const std::byte*>(src) + (at > 0 ? kBlock : 0);
+    const void* value = srcs_[0];
+    if (srcs_.size() > 1) {
+      const bool bare = dsts_.empty();
+      if (bare) dsts_.push_back(block);
+      job.reduce(dsts_.data(), static_cast<int>(dsts_.size()), srcs_.data(), static_cast<int>(srcs_.size()),
+                 n / element, instruction.final ? job.divisor : 1);
+      value = dsts_[0];
+      stream_bytes(reserved + at, value, n);
+      if (bare) dsts_.clear();
+    } else {
+      if (!dsts_.empty()) copy_bytes(dsts_.data(), static_cast<int>(dsts_.size()), value, n);
+      stream_bytes(reserved + at, value, n);
+    }
   }
 }
 

@@ -67,6 +67,7 @@ class HostExecutor {
   std::invoke_result_t<Attempt&> wait_until(const Job& job, const Instruction& instruction, const char* what, int peer,
                                             Attempt attempt);
   void execute(const Job& job, const Instruction& instruction, int32_t tile);
+  void write_streaming(const Job& job, const Instruction& instruction, std::byte* reserved, size_t nbytes);
   void drain(const Job& job);
   std::byte* address(const Job& job, const Place& place, int32_t size_chunk, int32_t tile) const;
   std::byte* inbox(size_t index, size_t nbytes);

@@ -13,6 +13,7 @@ namespace paracomm {
 namespace {
 
 constexpr size_t kAbsent = static_cast<size_t>(-1);
+constexpr size_t kLongestSlice = 256 << 10;
 constexpr size_t kLine = 64;  // slices start on cache lines where the chunk does
 
 [[noreturn]] void fail(const Program& program, const std::string& what) {
@@ -174,7 +175,7 @@ class PlanBuilder {
       for (const auto& chunk : plan_.output_chunks_) largest = std::max(largest, chunk.count);
     const size_t bytes = largest * plan_.element_;
     size_t slice = shape_.window_bytes / std::max(program_.volume, 1);
-    slice = std::max<size_t>(slice / kLine * kLine, 1024);
+    slice = std::clamp<size_t>(slice / kLine * kLine, 1024, kLongestSlice);
     plan_.tiles_ = static_cast<int32_t>(std::max<size_t>(1, (bytes + slice - 1) / slice));
     plan_.slot_bytes_ = (bytes + kLine - 1) / kLine * kLine;
     plan_.levels_ = program_.levels;

@@ -54,6 +54,7 @@ static_assert(std::atomic<uint64_t>::is_always_lock_free);
 namespace {
 
 // Staging is judged by the fastest of a few long messages, so that being preempted does not count.
+constexpr size_t kLong = 16 << 10;
 constexpr int kPaces = 6;
 constexpr uint64_t kProbeEvery = 24;
 constexpr double kSlowPace = 4.0;  // bytes per nanosecond
@@ -190,8 +191,10 @@ bool MemoryEndpoint::sends_in_place(const std::byte* data, size_t nbytes) const 
   return nbytes >= options_.read_from && staging_is_slow_ && peers_read() && ++long_messages_ % kProbeEvery != 0;
 }
 
+bool MemoryEndpoint::streams() noexcept { return staging_is_slow_ && ++long_messages_ % kProbeEvery != 0; }
+
 void MemoryEndpoint::staged(size_t nbytes, std::chrono::nanoseconds took) noexcept {
-  if (nbytes < options_.read_from) return;
+  if (nbytes < kLong) return;
   best_pace_ =
       std::max(best_pace_, static_cast<double>(nbytes) / static_cast<double>(std::max<int64_t>(took.count(), 1)));
   if (++paces_ < kPaces) return;

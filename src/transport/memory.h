@@ -23,7 +23,7 @@
 namespace paracomm {
 
 struct MemoryOptions {
-  size_t staging_bytes = 4 << 20;
+  size_t staging_bytes = 1280 << 10;
   size_t read_from = 32 << 10;  ///< bytes of private memory from which on peers read them themselves, if they may
 };
 
@@ -73,6 +73,7 @@ class MemoryEndpoint final : public Endpoint {
   bool sends_in_place(const std::byte* data, size_t nbytes) const noexcept override;
   bool stages() const noexcept override { return true; }
   std::byte* try_reserve(size_t nbytes) override;
+  bool streams() noexcept override;
   void staged(size_t nbytes, std::chrono::nanoseconds took) noexcept override;
   bool try_send(int peer, const Signature& signature, const std::byte* data, size_t nbytes, uint64_t& index) override;
   bool sent(int peer, uint64_t index) override;

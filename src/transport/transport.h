@@ -29,7 +29,9 @@ class Endpoint {
   virtual bool stages() const noexcept = 0;
   /// Memory to write a message into, for one or several of the next sends. nullptr: no room yet, `wait` and try again.
   virtual std::byte* try_reserve(size_t nbytes) = 0;
-  /// How long it took to write `nbytes` there; transports with a choice learn from it.
+  /// True: what is reserved had better be written past the cache, because the lines are in another core's.
+  virtual bool streams() noexcept { return false; }
+  /// How long it took to write `nbytes` there by ordinary stores; transports with a choice learn from it.
   virtual void staged(size_t /*nbytes*/, std::chrono::nanoseconds /*took*/) noexcept {}
   /// Queues one message to `peer`; `data` is reserved memory, or bytes that stay as they are until `sent(peer, index)`.
   /// `index` counts the messages to this peer from 0. False: the queue is full, `wait` and try again.
