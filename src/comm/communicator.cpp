@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "comm/point_to_point.h"
 #include "comm/queue.h"
@@ -39,6 +40,7 @@ Communicator::Communicator(int rank, int world_size, const CommOptions& options,
       hosts_(std::move(hosts)),
       generation_(fork_generation()) {
   if (options_.cores <= 0) options_.cores = usable_cores();
+  interruption_.stuck = [this](const Signature& signature) { tell_waiting(signature); };
   interruption_.left = std::make_unique<std::atomic<bool>[]>(static_cast<size_t>(world_size));
 }
 
@@ -47,6 +49,26 @@ void Communicator::size_windows(bool network) {
   // Tiles under way need three windows of staging, and one to spare.
   if (options_.staging_bytes == 0) options_.staging_bytes = 4 * options_.window_bytes;
   options_.window_bytes = std::min(options_.window_bytes, options_.staging_bytes / 4);
+}
+
+void Communicator::History::add(const Signature& signature) noexcept {
+  uint64_t words[kWords];
+  std::memcpy(words, &signature, sizeof signature);
+  auto& entry = words_[signature.sequence % kEntries];
+  // The first word holds the number: 0, which no operation has, while the others change.
+  entry[0].store(0, std::memory_order_relaxed);
+  for (size_t i = 1; i < kWords; ++i) entry[i].store(words[i], std::memory_order_release);
+  entry[0].store(words[0], std::memory_order_release);
+}
+
+std::optional<Signature> Communicator::History::find(uint32_t sequence) const noexcept {
+  const auto& entry = words_[sequence % kEntries];
+  uint64_t words[kWords];
+  for (size_t i = 0; i < kWords; ++i) words[i] = entry[i].load(std::memory_order_acquire);
+  Signature found;
+  std::memcpy(&found, words, sizeof found);
+  if (found.sequence != sequence || entry[0].load(std::memory_order_relaxed) != words[0]) return std::nullopt;
+  return found;
 }
 
 Patience Communicator::patience() const {
@@ -204,7 +226,7 @@ void Communicator::close() {
     const std::lock_guard lock(group_->mutex);
     std::erase(group_->members, this);
     for (Communicator* member : group_->members)
-      member->on_event({rank_, PeerEvent::Kind::left, ErrorKind::peer_lost, ""});
+      member->on_event({rank_, PeerEvent::Kind::left, ErrorKind::peer_lost, "", {}});
   }
   interruption_.stop.store(true, std::memory_order_release);
   for (auto* list : {&endpoints_, &p2p_endpoints_})
@@ -226,7 +248,33 @@ void Communicator::on_event(const PeerEvent& event) {
     case PeerEvent::Kind::aborted:
       fail(Error(event.error_kind, who + " gave up: " + event.text), false);
       break;
+    case PeerEvent::Kind::waiting:
+      if (const auto error = contradiction(event.peer, event.signature, rank_, history_)) fail(*error, true);
+      break;
   }
+}
+
+void Communicator::tell_waiting(const Signature& signature) {
+  if (control_) control_->broadcast_waiting(signature);
+  if (!group_) return;
+  std::optional<Error> error;
+  {
+    const std::lock_guard lock(group_->mutex);
+    for (Communicator* member : group_->members)
+      if (!error) error = contradiction(rank_, signature, member->rank_, member->history_);
+  }
+  if (error) fail(*error, true);
+}
+
+std::optional<Error> Communicator::contradiction(int one, const Signature& waiting, int other,
+                                                 const History& called) const {
+  const std::optional<Signature> found = called.find(waiting.sequence);
+  if (!found || *found == waiting) return std::nullopt;
+  const auto who = [&](int rank) {
+    return "rank " + std::to_string(rank) + " (" + hosts_[static_cast<size_t>(rank)] + ")";
+  };
+  return Error(ErrorKind::mismatch, who(one) + " waits in " + describe(waiting) + ", " + who(other) + " called " +
+                                        describe(*found) + " (" + difference(waiting, *found) + ")");
 }
 
 void Communicator::fail(const Error& error, bool tell) {
@@ -243,7 +291,7 @@ void Communicator::fail(const Error& error, bool tell) {
   if (group_) {
     const std::lock_guard lock(group_->mutex);
     for (Communicator* member : group_->members)
-      if (member != this) member->on_event({rank_, PeerEvent::Kind::aborted, error.kind(), error.what()});
+      if (member != this) member->on_event({rank_, PeerEvent::Kind::aborted, error.kind(), error.what(), {}});
   }
 }
 
@@ -371,6 +419,7 @@ void Communicator::run_job(Job& job) {
            hosts_[static_cast<size_t>(rank_)] + ")";
   };
   if (interruption_.stop.load(std::memory_order_acquire)) throw_failure(context());
+  history_.add(job.signature);
   try {
     executor_->run(job);
   } catch (const Interrupted&) {

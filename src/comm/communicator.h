@@ -96,6 +96,18 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void on_event(const PeerEvent& event);
 
  private:
+  /// This rank's last operations: written by one thread at a time, read by any.
+  class History {
+   public:
+    void add(const Signature& signature) noexcept;
+    /// The operation of that number, unless it is too old or yet to come.
+    std::optional<Signature> find(uint32_t sequence) const noexcept;
+
+   private:
+    static constexpr size_t kEntries = 256, kWords = sizeof(Signature) / sizeof(uint64_t);
+    std::atomic<uint64_t> words_[kEntries][kWords] = {};
+  };
+
   friend class CollectiveQueue;
   friend class PointToPoint;
   struct LocalGroup;
@@ -108,6 +120,10 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   const Plan& plan(const Call& call);
   Job prepare(const Call& call);
   void run_job(Job& job);
+  /// Tells peers that this rank waits; who is in another operation under the same number fails.
+  void tell_waiting(const Signature& signature);
+  /// What to fail with if `one` waits in an operation that is not what `other` called; empty if there is no such thing.
+  std::optional<Error> contradiction(int one, const Signature& waiting, int other, const History& called) const;
   /// Remembers the first failure, tells all ranks and wakes everybody here.
   void fail(const Error& error, bool tell);
   [[noreturn]] void throw_failure(const std::string& context) const;
@@ -139,6 +155,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::unordered_multimap<size_t, CachedPlan> plans_;
   const CachedPlan* last_plan_ = nullptr;
   uint32_t sequence_ = 0;
+  History history_;
 
   mutable std::mutex failure_mutex_;
   std::optional<Error> failure_;

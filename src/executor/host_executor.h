@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -39,6 +40,8 @@ struct Job {
 struct Interruption {
   std::atomic<bool> stop{false};
   std::unique_ptr<std::atomic<bool>[]> left;  ///< by rank
+  /// Called now and then by an operation that waits long: the others may be running another one.
+  std::function<void(const Signature&)> stuck;
 };
 
 /// Thrown out of `run` when `Interruption::stop` was set.

@@ -25,7 +25,7 @@ constexpr uint32_t kMagic = 0x70634331;  // "pcC1"
 constexpr size_t kMaxText = 4096;
 constexpr double kFlush_s = 0.1;
 
-enum class FrameType : uint32_t { abort = 1, goodbye = 2 };
+enum class FrameType : uint32_t { abort = 1, goodbye = 2, waiting = 3 };
 
 struct FrameHeader {
   uint32_t magic = kMagic;
@@ -44,8 +44,10 @@ std::string pack(FrameType type, ErrorKind kind, const std::string& text) {
 }
 
 bool is_valid(const FrameHeader& header) {
-  return header.magic == kMagic && (header.type == FrameType::abort || header.type == FrameType::goodbye) &&
-         header.error_kind <= static_cast<uint32_t>(ErrorKind::security) && header.nbytes <= kMaxText;
+  const bool known = header.type == FrameType::abort || header.type == FrameType::goodbye ||
+                     (header.type == FrameType::waiting && header.nbytes == sizeof(Signature));
+  return header.magic == kMagic && known && header.error_kind <= static_cast<uint32_t>(ErrorKind::security) &&
+         header.nbytes <= kMaxText;
 }
 
 /// A host that vanishes sends no end of its connections: probe after 5 s of silence, give up within about 15 s.
@@ -187,8 +189,12 @@ class ControlPlane::Impl {
       peer.inbox.erase(0, sizeof header + header.nbytes);
       if (header.type == FrameType::goodbye) {
         peer.left = true;
+      } else if (header.type == FrameType::waiting) {
+        PeerEvent event{peer.link.peer, PeerEvent::Kind::waiting, ErrorKind::mismatch, "", {}};
+        std::memcpy(&event.signature, text.data(), sizeof event.signature);
+        on_event_(event);
       } else {
-        on_event_({peer.link.peer, PeerEvent::Kind::aborted, static_cast<ErrorKind>(header.error_kind), text});
+        on_event_({peer.link.peer, PeerEvent::Kind::aborted, static_cast<ErrorKind>(header.error_kind), text, {}});
       }
     }
   }
@@ -203,10 +209,13 @@ class ControlPlane::Impl {
     }
     const std::string who = "rank " + std::to_string(peer.link.peer) + " (" + peer.link.hostname + ")";
     if (peer.left) {
-      on_event_({peer.link.peer, PeerEvent::Kind::left, ErrorKind::peer_lost, who + " left"});
+      on_event_({peer.link.peer, PeerEvent::Kind::left, ErrorKind::peer_lost, who + " left", {}});
     } else {
-      on_event_({peer.link.peer, PeerEvent::Kind::lost, ErrorKind::peer_lost,
-                 "rank " + std::to_string(rank_) + ": lost " + who + ": " + why});
+      on_event_({peer.link.peer,
+                 PeerEvent::Kind::lost,
+                 ErrorKind::peer_lost,
+                 "rank " + std::to_string(rank_) + ": lost " + who + ": " + why,
+                 {}});
     }
   }
 
@@ -227,6 +236,11 @@ ControlPlane::~ControlPlane() = default;
 
 void ControlPlane::broadcast_abort(ErrorKind kind, const std::string& text) {
   impl_->send_to_all(pack(FrameType::abort, kind, text));
+}
+
+void ControlPlane::broadcast_waiting(const Signature& signature) {
+  const std::string bytes(reinterpret_cast<const char*>(&signature), sizeof signature);
+  impl_->send_to_all(pack(FrameType::waiting, ErrorKind::mismatch, bytes));
 }
 
 void ControlPlane::goodbye() { impl_->send_to_all(pack(FrameType::goodbye, ErrorKind::error, "")); }
