@@ -39,14 +39,20 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def native(array: Any) -> Any:
+    """The array itself if it is torch's or NumPy's, otherwise one of theirs over the same memory."""
+    if is_torch(array) or isinstance(array, np.ndarray):
+        return array
+    view(array)  # refuses what is no array
+    if not hasattr(array, "__dlpack__"):
+        return np.asarray(array)
+    torch = sys.modules.get("torch")
+    return np.from_dlpack(array) if torch is None else torch.from_dlpack(array)
+
+
 def empty_like(array: Any, shape: Sequence[int]) -> Any:
-    """An uninitialised contiguous array of the same library and dtype."""
-    if is_torch(array):
-        return array.new_empty(tuple(shape))
-    if isinstance(array, np.ndarray):
-        return np.empty(shape, array.dtype)
-    found = view(array)
-    return np.empty(shape, DTYPE_NAMES[found.dtype])
+    """An uninitialised contiguous array of the same library (torch or NumPy) and dtype."""
+    return array.new_empty(tuple(shape)) if is_torch(array) else np.empty(shape, array.dtype)
 
 
 def contiguous(array: Any) -> Any:

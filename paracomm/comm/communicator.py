@@ -14,7 +14,7 @@ import numpy as np
 
 from paracomm import _C
 from paracomm.comm import programs
-from paracomm.comm.arrays import DTYPE_NAMES, View, arena_array, assign, contiguous, empty_like, view
+from paracomm.comm.arrays import DTYPE_NAMES, View, arena_array, assign, contiguous, empty_like, native, view
 from paracomm.comm.work import Work
 from paracomm.errors import InvalidArgument
 from paracomm.schedule import Schedule, build, tune
@@ -201,7 +201,7 @@ class Communicator:
         """Every rank's x, stacked: [world_size, *x.shape] (or `out`, of as many elements). In place: x is out's block."""
         source, v = _readable(x)
         if out is None:
-            out = empty_like(x, (self.world_size, *x.shape))
+            out = empty_like(source, (self.world_size, *source.shape))
         target, w, finish = _writable(out)
         _same("all_gather", v, w, v.count * self.world_size)
         program = self._select("all_gather", None, w.nbytes, algorithm)
@@ -218,12 +218,13 @@ class Communicator:
             rows: every rank's x.shape[0]; None: they are exchanged first.
         """
         source, v = _readable(x)
-        rows = self._rows(x.shape[0]) if rows is None else list(rows)
-        width = math.prod(x.shape[1:])
-        if len(rows) != self.world_size or rows[self.rank] != x.shape[0]:
-            raise InvalidArgument(f"all_gather_v: rows {rows} do not fit {tuple(x.shape)} on rank {self.rank}")
+        _need_rows("all_gather_v", source)
+        rows = self._rows(source.shape[0]) if rows is None else list(rows)
+        width = math.prod(source.shape[1:])
+        if len(rows) != self.world_size or rows[self.rank] != source.shape[0]:
+            raise InvalidArgument(f"all_gather_v: rows {rows} do not fit {tuple(source.shape)} on rank {self.rank}")
         if out is None:
-            out = empty_like(x, (sum(rows), *x.shape[1:]))
+            out = empty_like(source, (sum(rows), *source.shape[1:]))
         target, w, finish = _writable(out)
         _same("all_gather_v", v, w, sum(rows) * width)
         program = self._select("all_gather", None, w.nbytes, algorithm)
@@ -241,7 +242,7 @@ class Communicator:
         if v.count % self.world_size:
             raise InvalidArgument(f"reduce_scatter: {v.count} elements are not {self.world_size} equal blocks")
         if out is None:
-            out = empty_like(x, _block_shape("reduce_scatter", x.shape, self.world_size))
+            out = empty_like(source, _block_shape("reduce_scatter", source.shape, self.world_size))
         target, w, finish = _writable(out)
         _same("reduce_scatter", v, w, v.count // self.world_size)
         program = self._select("reduce_scatter", None, v.nbytes, algorithm)
@@ -254,11 +255,12 @@ class Communicator:
     ) -> Any:  # fmt: skip
         """Like reduce_scatter with blocks of rows[r] rows for rank r."""
         source, v = _readable(x)
-        rows, width = list(rows), math.prod(x.shape[1:])
-        if len(rows) != self.world_size or sum(rows) != x.shape[0]:
-            raise InvalidArgument(f"reduce_scatter_v: rows {rows} do not fit x of shape {tuple(x.shape)}")
+        _need_rows("reduce_scatter_v", source)
+        rows, width = list(rows), math.prod(source.shape[1:])
+        if len(rows) != self.world_size or sum(rows) != source.shape[0]:
+            raise InvalidArgument(f"reduce_scatter_v: rows {rows} do not fit x of shape {tuple(source.shape)}")
         if out is None:
-            out = empty_like(x, (rows[self.rank], *x.shape[1:]))
+            out = empty_like(source, (rows[self.rank], *source.shape[1:]))
         target, w, finish = _writable(out)
         _same("reduce_scatter_v", v, w, rows[self.rank] * width)
         program = self._select("reduce_scatter", None, v.nbytes, algorithm)
@@ -275,7 +277,7 @@ class Communicator:
         if v.count % self.world_size:
             raise InvalidArgument(f"all_to_all: {v.count} elements do not divide into {self.world_size} equal blocks")
         if out is None:
-            out = empty_like(x, x.shape)
+            out = empty_like(source, source.shape)
         target, w, finish = _writable(out)
         _same("all_to_all", v, w, v.count)
         if v.address < w.address + w.nbytes and w.address < v.address + v.nbytes:
@@ -292,14 +294,15 @@ class Communicator:
         """Like all_to_all with blocks of send_rows[r] rows for rank r and recv_rows[r] rows from it (None: they are
         exchanged first)."""
         source, v = _readable(x)
-        send_rows, width = list(send_rows), math.prod(x.shape[1:])
-        if len(send_rows) != self.world_size or sum(send_rows) != x.shape[0]:
-            raise InvalidArgument(f"all_to_all_v: send_rows {send_rows} do not fit x of shape {tuple(x.shape)}")
+        _need_rows("all_to_all_v", source)
+        send_rows, width = list(send_rows), math.prod(source.shape[1:])
+        if len(send_rows) != self.world_size or sum(send_rows) != source.shape[0]:
+            raise InvalidArgument(f"all_to_all_v: send_rows {send_rows} do not fit x of shape {tuple(source.shape)}")
         if recv_rows is None:
             recv_rows = self.all_to_all(np.array(send_rows, np.int64)).tolist()
         recv_rows = list(recv_rows)
         if out is None:
-            out = empty_like(x, (sum(recv_rows), *x.shape[1:]))
+            out = empty_like(source, (sum(recv_rows), *source.shape[1:]))
         target, w, finish = _writable(out)
         _same("all_to_all_v", v, w, sum(recv_rows) * width)
         if v.address < w.address + w.nbytes and w.address < v.address + v.nbytes:
@@ -324,7 +327,7 @@ class Communicator:
             return self._run(program, v.address, 0, v.count * self.world_size, v.dtype, _SUM, timeout_s, async_op, None,
                              (source, x))  # fmt: skip
         if out is None:
-            out = empty_like(x, (self.world_size, *x.shape))
+            out = empty_like(source, (self.world_size, *source.shape))
         target, w, finish = _writable(out)
         _same("gather", v, w, v.count * self.world_size)
         return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
@@ -339,6 +342,7 @@ class Communicator:
         if self.rank == root and x is None:
             raise InvalidArgument("scatter: the root needs x")
         if self.rank == root and out is None:
+            x = native(x)
             out = empty_like(x, _block_shape("scatter", x.shape, self.world_size))
         if out is None:
             raise InvalidArgument(f"scatter: rank {self.rank} is not the root {root} and needs out")
@@ -449,7 +453,7 @@ def _op_code(op: str) -> int:
 
 
 def _readable(x: Any) -> tuple[Any, View]:
-    source = contiguous(x)
+    source = contiguous(native(x))
     return source, view(source)
 
 
@@ -459,20 +463,27 @@ def _writable(x: Any) -> tuple[Any, View, Callable[[], None] | None]:
         raise InvalidArgument("the output array is read-only")
     if found.contiguous:
         return x, found, None
-    target = empty_like(x, x.shape)
-    return target, view(target), lambda: assign(x, target)
+    whole = native(x)
+    target = empty_like(whole, whole.shape)
+    return target, view(target), lambda: assign(whole, target)
 
 
 def _write_back(x: Any, source: Any) -> Callable[[], None] | None:
-    if not view(x).writable:
+    found = view(x)
+    if not found.writable:
         raise InvalidArgument("the array is read-only, so the result cannot be put into it")
-    return None if source is x else lambda: assign(x, source)
+    return None if found.contiguous else lambda: assign(native(x), source)
 
 
 def _copy(x: Any) -> Any:
     twin = empty_like(x, x.shape)
     assign(twin, x)
     return twin
+
+
+def _need_rows(what: str, x: Any) -> None:
+    if not len(x.shape):
+        raise InvalidArgument(f"{what}: x needs at least one dimension")
 
 
 def _same(what: str, v: View, w: View, expected: int, found: int | None = None) -> None:

@@ -23,7 +23,7 @@ def ones(count: int = 100, dtype: str = "float32") -> np.ndarray:
     return np.ones(count, dtype)
 
 
-# name -> what every rank but the last calls, what the last one calls, words that the error of at least one rank holds
+# name -> what every rank but the last calls, what the last one calls, words that at least one error holds
 MISMATCHES: dict[str, tuple[Call, Call, tuple[str, ...]]] = {
     "operation": (
         lambda c: c.all_reduce(ones()),
@@ -95,7 +95,7 @@ MISMATCHES: dict[str, tuple[Call, Call, tuple[str, ...]]] = {
 
 
 def provoke(rank: Rank, transport: str) -> dict[str, tuple[str, str]]:
-    """{name: (exception's type, text)} of every mismatch on a communicator of its own, with a barrier after the calls: a rank
+    """{name: (exception type, text)} of every mismatch, each on a communicator of its own, with a barrier after it: a
     rank whose part needs no answer learns of it at the next call at the latest."""
     found = {}
     for name, (call, other_call, _) in MISMATCHES.items():
