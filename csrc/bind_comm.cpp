@@ -209,29 +209,28 @@ void register_comm(py::module_& m) {
       .def("done", &Work::done);
 
   auto options = [](double timeout_s, size_t window_bytes, size_t staging_bytes, int sockets_per_peer, int cores,
-                    size_t read_from) {
+                    int lag) {
     CommOptions o;
+    o.lag = lag;
     o.timeout_s = timeout_s;
     if (window_bytes > 0) o.window_bytes = window_bytes;
     if (staging_bytes > 0) o.staging_bytes = staging_bytes;
     if (sockets_per_peer > 0) o.sockets_per_peer = sockets_per_peer;
     o.cores = cores;
-    if (read_from > 0) o.read_from = read_from;
     return o;
   };
   m.def(
       "connect",
       [options](int rank, Listener& listener, const std::vector<std::string>& blobs, double connect_timeout_s,
-                double timeout_s, size_t window_bytes, size_t staging_bytes, int sockets_per_peer, int cores,
-                size_t read_from) {
+                double timeout_s, size_t window_bytes, size_t staging_bytes, int sockets_per_peer, int cores, int lag) {
         py::gil_scoped_release release;
-        return Communicator::connect(
-            rank, listener, blobs, options(timeout_s, window_bytes, staging_bytes, sockets_per_peer, cores, read_from),
-            Deadline::after(connect_timeout_s));
+        return Communicator::connect(rank, listener, blobs,
+                                     options(timeout_s, window_bytes, staging_bytes, sockets_per_peer, cores, lag),
+                                     Deadline::after(connect_timeout_s));
       },
       py::arg("rank"), py::arg("listener"), py::arg("blobs"), py::kw_only(), py::arg("connect_timeout_s"),
       py::arg("timeout_s"), py::arg("window_bytes") = 0, py::arg("staging_bytes") = 0, py::arg("sockets_per_peer") = 0,
-      py::arg("cores") = 0, py::arg("read_from") = 0);
+      py::arg("cores") = 0, py::arg("lag") = 0);
   m.def(
       "local_communicators",
       [options](int world_size, double timeout_s, size_t window_bytes) {

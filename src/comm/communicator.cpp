@@ -17,6 +17,8 @@ struct Communicator::LocalGroup {
 
 namespace {
 
+constexpr size_t kPlans = 4096;  // in the cache
+
 size_t mix(size_t hash, size_t value) noexcept { return (hash ^ value) * 0x9E3779B97F4A7C15ull + (hash >> 29); }
 
 // On one host a tile should stay in the second-level cache: of windows from 128 KiB to 4 MiB (with staging of four
@@ -24,6 +26,17 @@ size_t mix(size_t hash, size_t value) noexcept { return (hash ^ value) * 0x9E377
 // hosts longer messages pay, and the processor is seldom the limit.
 constexpr size_t kHostWindow = 320 << 10;
 constexpr size_t kNetworkWindow = 4 << 20;
+
+// Where ranks share cores, waiting means handing the core on: fewer, longer turns.
+constexpr int kCrowdedLag = 4;
+
+/// Some host has more ranks than cores.
+bool is_crowded(const std::vector<Address>& addresses) {
+  return std::any_of(addresses.begin(), addresses.end(), [&](const Address& a) {
+    return a.cpu_count > 0 && std::count_if(addresses.begin(), addresses.end(),
+                                            [&](const Address& b) { return b.host_id == a.host_id; }) > a.cpu_count;
+  });
+}
 
 int usable_cores() {
   cpu_set_t set;
@@ -44,11 +57,13 @@ Communicator::Communicator(int rank, int world_size, const CommOptions& options,
   interruption_.left = std::make_unique<std::atomic<bool>[]>(static_cast<size_t>(world_size));
 }
 
-void Communicator::size_windows(bool network) {
+void Communicator::size_windows(bool network, bool crowded) {
   if (options_.window_bytes == 0) options_.window_bytes = network ? kNetworkWindow : kHostWindow;
-  // Tiles under way need three windows of staging, and one to spare.
-  if (options_.staging_bytes == 0) options_.staging_bytes = 4 * options_.window_bytes;
-  options_.window_bytes = std::min(options_.window_bytes, options_.staging_bytes / 4);
+  if (options_.lag <= 0) options_.lag = crowded ? kCrowdedLag : 1;
+  // Tiles under way need a window for each time of the lag, two more, and one to spare.
+  const auto windows = static_cast<size_t>(options_.lag) + 3;
+  if (options_.staging_bytes == 0) options_.staging_bytes = windows * options_.window_bytes;
+  options_.window_bytes = std::min(options_.window_bytes, options_.staging_bytes / windows);
 }
 
 void Communicator::History::add(const Signature& signature) noexcept {
@@ -73,7 +88,7 @@ std::optional<Signature> Communicator::History::find(uint32_t sequence) const no
 
 Patience Communicator::patience() const {
   // A rank that spins on a core that its peer needs keeps the peer from answering.
-  if (static_cast<int>(local_ranks_.size()) > options_.cores) return {20, 400};
+  if (static_cast<int>(local_ranks_.size()) > options_.cores) return {20, 2000};
   return {4000, 100};
 }
 
@@ -124,9 +139,9 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
   };
 
   std::vector<PeerSockets> sockets = listener.connect(rank, blobs, deadline, options.sockets_per_peer + 1);
-  comm->size_windows(n_local < world_size);
+  comm->size_windows(n_local < world_size, is_crowded(addresses));
   // Collectives and point-to-point have a queue of their own each: neither waits for the other's order.
-  const MemoryOptions memory{comm->options_.staging_bytes, options.read_from}, p2p_memory{1 << 20, options.read_from};
+  const MemoryOptions memory{comm->options_.staging_bytes}, p2p_memory{1 << 20};
   std::vector<int> which(static_cast<size_t>(world_size), -1);
   std::vector<std::unique_ptr<Endpoint>> endpoints, p2p_endpoints;
   if (n_local > 1) {
@@ -141,14 +156,14 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
       auto segment = std::make_shared<Segment>(n_local, memory, recv_fd(peer.control, deadline));
       auto p2p_segment = std::make_shared<Segment>(n_local, p2p_memory, recv_fd(peer.control, deadline));
       auto arena = map_shared(recv_fd(peer.control, deadline));
-      peers.push_back({peer.rank, local_rank(peer.rank), std::move(segment), arena, peer.pid});
-      p2p_peers.push_back({peer.rank, local_rank(peer.rank), std::move(p2p_segment), arena, peer.pid});
+      peers.push_back({peer.rank, local_rank(peer.rank), std::move(segment), arena});
+      p2p_peers.push_back({peer.rank, local_rank(peer.rank), std::move(p2p_segment), arena});
       which[static_cast<size_t>(peer.rank)] = static_cast<int>(endpoints.size());
     }
     const int mine = local_rank(rank);
-    endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, own, nullptr, 0}, std::move(peers),
-                                                         world_size, memory));
-    p2p_endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, p2p_own, nullptr, 0},
+    endpoints.push_back(
+        std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, own, nullptr}, std::move(peers), world_size, memory));
+    p2p_endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{rank, mine, p2p_own, nullptr},
                                                              std::move(p2p_peers), world_size, p2p_memory));
   }
   if (n_local < world_size) {
@@ -168,7 +183,7 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
   comm->start(std::move(endpoints), std::move(which), std::move(p2p_endpoints));
   std::vector<ControlLink> links;
   for (PeerSockets& peer : sockets) links.push_back({peer.rank, std::move(peer.control), peer.hostname});
-  comm->control_ = std::make_unique<ControlPlane>(rank, std::move(links),
+  comm->control_ = std::make_shared<ControlPlane>(rank, std::move(links),
                                                   [raw = comm.get()](const PeerEvent& event) { raw->on_event(event); });
   return comm;
 }
@@ -180,9 +195,9 @@ std::vector<std::shared_ptr<Communicator>> Communicator::local(int world_size, c
   for (int r = 0; r < world_size; ++r) {
     const std::vector<std::string> hosts(static_cast<size_t>(world_size), "thread");
     comms.emplace_back(new Communicator(r, world_size, options, hosts));
-    comms.back()->size_windows(false);
+    comms.back()->size_windows(false, false);
   }
-  const MemoryOptions memory{comms[0]->options_.staging_bytes, options.read_from};
+  const MemoryOptions memory{comms[0]->options_.staging_bytes};
   std::vector<std::shared_ptr<Segment>> segments, p2p_segments;
   for (int r = 0; r < world_size; ++r) {
     segments.push_back(std::make_shared<Segment>(world_size, memory, false));
@@ -197,14 +212,14 @@ std::vector<std::shared_ptr<Communicator>> Communicator::local(int world_size, c
       comm->local_ranks_.push_back(p);
       comm->host_indices_.push_back(0);
       if (p == r) continue;
-      peers.push_back({p, p, segments[static_cast<size_t>(p)], nullptr, 0});
-      p2p_peers.push_back({p, p, p2p_segments[static_cast<size_t>(p)], nullptr, 0});
+      peers.push_back({p, p, segments[static_cast<size_t>(p)], nullptr});
+      p2p_peers.push_back({p, p, p2p_segments[static_cast<size_t>(p)], nullptr});
     }
     std::vector<std::unique_ptr<Endpoint>> endpoints, p2p_endpoints;
-    endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{r, r, segments[static_cast<size_t>(r)], nullptr, 0},
+    endpoints.push_back(std::make_unique<MemoryEndpoint>(MemoryPeer{r, r, segments[static_cast<size_t>(r)], nullptr},
                                                          std::move(peers), world_size, memory));
     p2p_endpoints.push_back(std::make_unique<MemoryEndpoint>(
-        MemoryPeer{r, r, p2p_segments[static_cast<size_t>(r)], nullptr, 0}, std::move(p2p_peers), world_size, memory));
+        MemoryPeer{r, r, p2p_segments[static_cast<size_t>(r)], nullptr}, std::move(p2p_peers), world_size, memory));
     comm->start(std::move(endpoints), std::move(which), std::move(p2p_endpoints));
     comm->group_ = group;
     group->members.push_back(comm.get());
@@ -212,16 +227,26 @@ std::vector<std::shared_ptr<Communicator>> Communicator::local(int world_size, c
   return comms;
 }
 
-Communicator::~Communicator() { close(); }
+Communicator::~Communicator() {
+  if (generation_ == fork_generation()) {
+    close();
+  } else {
+    // A forked child has none of the threads: to join them is to wait for ever.
+    static_cast<void>(new auto(std::move(queue_)));
+    static_cast<void>(new auto(std::move(p2p_)));
+  }
+}
 
 void Communicator::close() {
+  if (generation_ != fork_generation()) return;  // a forked child owns none of this
+  std::shared_ptr<ControlPlane> control;
   {
     const std::lock_guard lock(failure_mutex_);
     if (closed_) return;
     closed_ = true;
+    control = control_;
   }
-  if (generation_ != fork_generation()) return;  // a forked child owns none of this
-  if (control_) control_->goodbye();
+  if (control) control->goodbye();
   if (group_) {
     const std::lock_guard lock(group_->mutex);
     std::erase(group_->members, this);
@@ -233,7 +258,8 @@ void Communicator::close() {
     for (auto& endpoint : *list) endpoint->interrupt();
   if (queue_) queue_->stop();
   if (p2p_) p2p_->stop();
-  control_.reset();
+  const std::lock_guard lock(failure_mutex_);
+  control_.reset();  // `control` goes after the lock, which the control thread may be waiting for
 }
 
 void Communicator::on_event(const PeerEvent& event) {
@@ -278,16 +304,18 @@ std::optional<Error> Communicator::contradiction(int one, const Signature& waiti
 }
 
 void Communicator::fail(const Error& error, bool tell) {
+  std::shared_ptr<ControlPlane> control;
   {
     const std::lock_guard lock(failure_mutex_);
     if (failure_) return;
     failure_ = error;
+    if (tell) control = control_;
   }
   interruption_.stop.store(true, std::memory_order_release);
   for (auto* list : {&endpoints_, &p2p_endpoints_})
     for (auto& endpoint : *list) endpoint->interrupt();
   if (!tell) return;
-  if (control_) control_->broadcast_abort(error.kind(), error.what());
+  if (control) control->broadcast_abort(error.kind(), error.what());
   if (group_) {
     const std::lock_guard lock(group_->mutex);
     for (Communicator* member : group_->members)
@@ -335,7 +363,7 @@ int Communicator::choose(Collective collective, int root, size_t nbytes) const n
   return entries->empty() ? -1 : entries->back().second;
 }
 
-const Plan& Communicator::plan(const Call& call) {
+const Plan& Communicator::plan(const Call& call, bool idle) {
   auto fits = [&](const CachedPlan& p) {
     return p.program == call.program && p.count == call.count && p.dtype == call.dtype &&
            p.largest == call.largest_block && p.blocks == call.blocks && p.output_blocks == call.output_blocks;
@@ -346,7 +374,7 @@ const Plan& Communicator::plan(const Call& call) {
   const auto [begin, end] = plans_.equal_range(key);
   for (auto it = begin; it != end; ++it)
     if (fits(it->second)) return *(last_plan_ = &it->second)->plan;
-  if (plans_.size() >= 4096) {
+  if (plans_.size() >= kPlans && idle) {  // else a job under way may need one
     plans_.clear();
     last_plan_ = nullptr;
   }
@@ -354,6 +382,7 @@ const Plan& Communicator::plan(const Call& call) {
   Shape shape;
   shape.dtype = call.dtype;
   shape.window_bytes = options_.window_bytes;
+  shape.lag = options_.lag;
   shape.output_blocks = call.output_blocks;
   if (!call.blocks.empty()) {
     shape.blocks = call.blocks;
@@ -379,15 +408,17 @@ const Plan& Communicator::plan(const Call& call) {
   return *last_plan_->plan;
 }
 
-Job Communicator::prepare(const Call& call) {
-  if (interruption_.stop.load(std::memory_order_acquire)) throw_failure("rank " + std::to_string(rank_));
+Job Communicator::prepare(const Call& call, bool idle) {
+  const bool known = call.program >= 0 && call.program < static_cast<int>(programs_.size());
+  if (interruption_.stop.load(std::memory_order_acquire))
+    throw_failure(known ? where(*programs_[static_cast<size_t>(call.program)], sequence_ + 1)
+                        : "rank " + std::to_string(rank_));
   if (generation_ != fork_generation())
     throw Error(ErrorKind::error, "this communicator belongs to the parent process; a forked child cannot use it");
-  if (call.program < 0 || call.program >= static_cast<int>(programs_.size()))
-    throw Error(ErrorKind::invalid_argument, "no program " + std::to_string(call.program));
+  if (!known) throw Error(ErrorKind::invalid_argument, "no program " + std::to_string(call.program));
   const Program& program = *programs_[static_cast<size_t>(call.program)];
   Job job;
-  job.plan = &plan(call);
+  job.plan = &plan(call, idle);
   job.program = &program;
   job.reduce = select_reduce(call.dtype, call.op == ReduceOp::avg && world_size_ == 1 ? ReduceOp::sum : call.op);
   job.divisor = call.op == ReduceOp::avg ? world_size_ : 1;
@@ -412,12 +443,13 @@ Job Communicator::prepare(const Call& call) {
   return job;
 }
 
+std::string Communicator::where(const Program& program, uint32_t sequence) const {
+  return std::string(name_of(program.collective)) + "[" + program.name + "] #" + std::to_string(sequence) + " rank " +
+         std::to_string(rank_) + " (" + hosts_[static_cast<size_t>(rank_)] + ")";
+}
+
 void Communicator::run_job(Job& job) {
-  const auto context = [&] {
-    return std::string(name_of(job.signature.collective)) + "[" + job.program->name + "] #" +
-           std::to_string(job.signature.sequence) + " rank " + std::to_string(rank_) + " (" +
-           hosts_[static_cast<size_t>(rank_)] + ")";
-  };
+  const auto context = [&] { return where(*job.program, job.signature.sequence); };
   if (interruption_.stop.load(std::memory_order_acquire)) throw_failure(context());
   history_.add(job.signature);
   try {
@@ -443,7 +475,7 @@ std::shared_ptr<Work> Communicator::recv(void* data, size_t nbytes, DType dtype,
   return p2p_->post(static_cast<std::byte*>(data), nbytes, dtype, peer, timeout_s, false);
 }
 
-std::string Communicator::dump_plan(const Call& call) { return plan(call).dump(); }
+std::string Communicator::dump_plan(const Call& call) { return plan(call, false).dump(); }
 
 uint64_t Communicator::bytes_sent(int peer) const {
   if (peer < 0 || peer >= world_size_ || which_[static_cast<size_t>(peer)] < 0) return 0;

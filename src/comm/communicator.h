@@ -24,10 +24,10 @@
 namespace paracomm {
 
 struct CommOptions {
-  double timeout_s = 1800;      ///< of an operation
-  size_t window_bytes = 0;      ///< the most that a rank sends per tile; 0: 320 KiB on one host, 4 MiB between hosts
-  size_t staging_bytes = 0;     ///< of shared memory a rank; 0: four windows
-  size_t read_from = 32 << 10;  ///< bytes of private memory from which on local peers read them, if they may
+  double timeout_s = 1800;   ///< of an operation
+  size_t window_bytes = 0;   ///< the most that a rank sends per tile; 0: 320 KiB on one host, 4 MiB between hosts
+  size_t staging_bytes = 0;  ///< of shared memory a rank; 0: as many windows as can be under way
+  int lag = 0;               ///< see Plan; 0: 1, or more where ranks share cores
   int sockets_per_peer = 1;
   int cores = 0;  ///< 0: as many as this process may use
 };
@@ -115,10 +115,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Communicator(int rank, int world_size, const CommOptions& options, std::vector<std::string> hosts);
   void start(std::vector<std::unique_ptr<Endpoint>> endpoints, std::vector<int> which,
              std::vector<std::unique_ptr<Endpoint>> p2p_endpoints);
-  void size_windows(bool network);
+  void size_windows(bool network, bool crowded);
   Patience patience() const;
-  const Plan& plan(const Call& call);
-  Job prepare(const Call& call);
+  /// `idle`: no job is queued or running, so that plans may be dropped.
+  const Plan& plan(const Call& call, bool idle);
+  Job prepare(const Call& call, bool idle);
+  /// "all_reduce[ring] #7 rank 3 (hostB)".
+  std::string where(const Program& program, uint32_t sequence) const;
   void run_job(Job& job);
   /// Tells peers that this rank waits; who is in another operation under the same number fails.
   void tell_waiting(const Signature& signature);
@@ -137,7 +140,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::vector<std::unique_ptr<Endpoint>> endpoints_, p2p_endpoints_;
   Interruption interruption_;
   std::unique_ptr<HostExecutor> executor_;
-  std::unique_ptr<ControlPlane> control_;
+  std::shared_ptr<ControlPlane> control_;  ///< guarded by failure_mutex_ once connected
   std::shared_ptr<LocalGroup> group_;
   std::shared_ptr<class CollectiveQueue> queue_;
   std::shared_ptr<PointToPoint> p2p_;

@@ -34,6 +34,7 @@ std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType d
   transfer.signature.count = nbytes / size_of(dtype);
   transfer.signature.dtype = dtype;
   const std::lock_guard lock(mutex_);
+  if (stopping_) throw Error(ErrorKind::error, "this communicator is closed");
   Lane& lane = lanes_[static_cast<size_t>(peer)];
   transfer.signature.sequence = send ? ++lane.sent : ++lane.received;
   (send ? lane.sends : lane.recvs).push_back(std::move(transfer));
@@ -56,13 +57,8 @@ bool PointToPoint::advance_send(int peer, Transfer& t) {
       if (staged == nullptr) return moved;
       void* dst = staged;
       copy_bytes(&dst, 1, payload, n);
-      // One user and one queue a peer: a reserved slice whose queue is full is sent before anything else.
-      while (!endpoint.try_send(peer, t.signature, staged, n, t.last_index)) {
-        comm_.check();
-        if (t.deadline.expired())
-          throw Error(ErrorKind::timeout, "send to rank " + std::to_string(peer) + " timed out");
-        endpoint.wait(peer, std::chrono::microseconds(1000));
-      }
+      // The queue is full: what was reserved goes back, and meanwhile others, above all receives, must get on.
+      if (!endpoint.try_send(peer, t.signature, staged, n, t.last_index)) return moved;
     }
     t.moved += n;
     t.started = moved = true;
@@ -109,10 +105,7 @@ bool PointToPoint::round() {
     for (auto* list : {&lane.sends, &lane.recvs}) {
       if (list->empty()) continue;
       const Transfer& t = list->front();
-      const std::string what = std::string(list == &lane.sends ? "send" : "recv") + " #" +
-                               std::to_string(t.signature.sequence) + " rank " + std::to_string(comm_.rank()) + ": " +
-                               (list == &lane.sends ? "send to rank " : "recv from rank ") + std::to_string(peer) +
-                               " (" + comm_.hosts()[static_cast<size_t>(peer)] + ")";
+      const std::string what = where(t, peer, list == &lane.sends);
       if (left && !moved) throw Error(ErrorKind::peer_lost, what + ", which has closed its communicator");
       if (t.deadline.expired())
         throw Error(ErrorKind::timeout, what + " timed out after " + std::to_string(t.timeout_s) + " s");
@@ -125,11 +118,24 @@ bool PointToPoint::idle() const noexcept {
   return std::all_of(lanes_.begin(), lanes_.end(), [](const Lane& l) { return l.sends.empty() && l.recvs.empty(); });
 }
 
-void PointToPoint::fail_all(std::exception_ptr error) noexcept {
-  for (Lane& lane : lanes_) {
+/// "send #3 rank 0 (hostA): send to rank 2 (hostB)".
+std::string PointToPoint::where(const Transfer& t, int peer, bool send) const {
+  auto host = [&](int rank) { return std::to_string(rank) + " (" + comm_.hosts()[static_cast<size_t>(rank)] + ")"; };
+  return std::string(send ? "send #" : "recv #") + std::to_string(t.signature.sequence) + " rank " +
+         host(comm_.rank()) + (send ? ": send to rank " : ": recv from rank ") + host(peer);
+}
+
+void PointToPoint::fail_all(const Error& error) {
+  const std::string why = error.what();
+  for (int peer = 0; peer < static_cast<int>(lanes_.size()); ++peer) {
+    Lane& lane = lanes_[static_cast<size_t>(peer)];
     for (auto* list : {&lane.sends, &lane.recvs}) {
-      for (Transfer& t : *list)
-        if (!t.work->done()) t.work->complete(error);
+      for (Transfer& t : *list) {
+        if (t.work->done()) continue;
+        const std::string what = where(t, peer, list == &lane.sends);
+        const bool own = why.rfind(what, 0) == 0;
+        t.work->complete(std::make_exception_ptr(Error(error.kind(), own ? why : what + ": " + why)));
+      }
       list->clear();
     }
   }
@@ -140,8 +146,10 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
   driving_ = true;
   int looks = 0;
   while (until != nullptr ? !until->done() : (!idle() && !stopping_)) {
+    bool over = true;  // it failed or was closed before: nobody needs to hear of that from here
     try {
       comm_.check();
+      over = false;
       if (round()) {
         looks = 0;
         changed_.notify_all();
@@ -169,8 +177,8 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
         }
       }
     } catch (const Error& error) {
-      comm_.fail(error, true);
-      fail_all(std::current_exception());
+      if (!over) comm_.fail(error, true);
+      fail_all(error);
     }
   }
   driving_ = false;
@@ -205,13 +213,13 @@ void PointToPoint::serve() {
   }
 }
 
-void PointToPoint::stop() noexcept {
+void PointToPoint::stop() {
   {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     stopping_ = true;
-    fail_all(std::make_exception_ptr(
-        Error(ErrorKind::error, "the communicator was closed before this transfer was complete")));
+    fail_all(Error(ErrorKind::error, "the communicator was closed before this transfer was complete"));
     changed_.notify_all();
+    changed_.wait(lock, [&] { return !driving_; });  // it uses endpoints that will not live much longer
   }
   if (thread_.joinable()) thread_.join();
 }

@@ -20,7 +20,7 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
 
   std::shared_ptr<Work> post(std::byte* data, size_t nbytes, DType dtype, int peer, double timeout_s, bool send);
   void finish(Work& work, double timeout_s) override;
-  void stop() noexcept;
+  void stop();
 
  private:
   struct Transfer {
@@ -42,7 +42,8 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   bool advance_recv(int peer, Transfer& transfer);
   /// One round over everything posted; true if something moved. Fails transfers past their deadline.
   bool round();
-  void fail_all(std::exception_ptr error) noexcept;
+  std::string where(const Transfer& transfer, int peer, bool send) const;
+  void fail_all(const Error& error);
   void drive(std::unique_lock<std::mutex>& lock, const Work* until);
   void serve();
   bool idle() const noexcept;

@@ -29,7 +29,7 @@ void CollectiveQueue::run(const Call& call) {
     submit(call)->wait();
     return;
   }
-  Job job = comm_.prepare(call);
+  Job job = comm_.prepare(call, true);
   running_ = true;
   lock.unlock();
   std::exception_ptr error;
@@ -50,7 +50,7 @@ std::shared_ptr<Work> CollectiveQueue::submit(const Call& call) {
   auto work = std::make_shared<Work>(shared_from_this());
   const std::lock_guard lock(mutex_);
   if (stopping_) throw Error(ErrorKind::error, "this communicator is closed");
-  items_.push_back({comm_.prepare(call), work});
+  items_.push_back({comm_.prepare(call, !running_ && items_.empty()), work});
   if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
   changed_.notify_all();
   return work;

@@ -75,19 +75,7 @@ void HostExecutor::run(const Job& job) {
   const size_t records = static_cast<size_t>(plan.messages()) * static_cast<size_t>(plan.in_flight());
   if (records_.size() < records) records_.resize(records);
 
-  const std::vector<Instruction>& instructions = plan.instructions();
-  if (plan.tiles() == 1) {
-    for (const Instruction& instruction : instructions) execute(job, instruction, 0);
-  } else {
-    const int64_t stride = plan.stride(), levels = plan.levels(), tiles = plan.tiles();
-    for (int64_t time = 0; time <= (tiles - 1) * stride + levels; ++time) {
-      for (int64_t tile = std::min(tiles - 1, time / stride); tile >= 0 && time - tile * stride <= levels; --tile) {
-        const auto level = static_cast<int32_t>(time - tile * stride);
-        for (int32_t i = plan.level_begin(level); i < plan.level_begin(level + 1); ++i)
-          execute(job, instructions[static_cast<size_t>(i)], static_cast<int32_t>(tile));
-      }
-    }
-  }
+  plan.in_order([&](const Instruction& instruction, int32_t tile) { execute(job, instruction, tile); });
   drain(job);
 }
 

@@ -185,7 +185,9 @@ class PlanBuilder {
       fail(program_, "one level sends " + std::to_string(depth) + " messages to one peer, at most " +
                          std::to_string(kQueueDepth / 2) + " fit its queue");
     plan_.stride_ = std::max(1, (plan_.levels_ * depth * 2 + kQueueDepth - 1) / kQueueDepth);
-    plan_.in_flight_ = plan_.levels_ / plan_.stride_ + 1;
+    // Of a pair's messages, `lag` times' worth and one more may be on their way.
+    while (plan_.lag_ < shape_.lag && (plan_.lag_ + 2) * depth * plan_.levels_ <= kQueueDepth) ++plan_.lag_;
+    plan_.in_flight_ = plan_.levels_ * plan_.lag_ / plan_.stride_ + 1;
     const bool all_to_all = program_.collective == Collective::all_to_all;
     // Chunks of one op lie back to back where all are alike and in one place; here a rank's own is apart from the rest.
     const bool apart =
@@ -588,7 +590,8 @@ size_t Plan::nbytes(const Instruction& instruction, int32_t tile) const noexcept
 std::string Plan::dump() const {
   static const char* const kMemory[] = {"input", "output", "scratch"};
   std::ostringstream out;
-  out << "tiles " << tiles_ << " stride " << stride_ << " levels " << levels_ << " scratch " << scratch_slots_ << "\n";
+  out << "tiles " << tiles_ << " stride " << stride_ << " lag " << lag_ << " levels " << levels_ << " scratch "
+      << scratch_slots_ << "\n";
   for (const Instruction& i : instructions_) {
     out << "level " << i.level << " size " << i.size_chunk << ":" << i.size_chunk + i.span << " ";
     if (i.has_place)

@@ -4,12 +4,14 @@
 // into messages. Send, recv, reduce and copy are its special cases, and a chain such as recv-reduce-store-send is one
 // pass.
 //
-// Order. The chunks are cut into `tiles` slices each. Instruction i runs on tile t at time t * stride + level(i); a
-// message of level p leaves at time p - 1 and is taken at time p. Levels grow along every dependency over all ranks,
-// therefore the earliest unfinished instruction can always run, both ends of a pair see their messages in the same
-// order, and several tiles are under way at once (software pipelining) without any bookkeeping at run time.
+// Order. The chunks are cut into `tiles` slices each. Instruction i runs on tile t at time t * stride + lag * level(i);
+// a message of level p leaves at the time of level p - 1 and is taken at that of level p. Levels grow along every
+// dependency over all ranks, therefore the earliest unfinished instruction can always run, both ends of a pair see
+// their messages in the same order, and several tiles are under way at once (software pipelining) without any
+// bookkeeping at run time. `lag` is how many tiles a rank may be ahead of the peers that it waits for.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -27,7 +29,8 @@ struct Shape {
   std::vector<size_t> output_blocks;  ///< all_to_all: what each rank sends here; empty otherwise
   DType dtype = DType::uint8;
   size_t window_bytes = 1 << 20;  ///< the most that one rank sends per tile
-  size_t largest_chunk = 0;       ///< all_to_all: elements of the largest chunk over all ranks (tiles must agree)
+  int32_t lag = 1;           ///< the most times between a message's leaving and its being taken; equal on all ranks
+  size_t largest_chunk = 0;  ///< all_to_all: elements of the largest chunk over all ranks (tiles must agree)
 };
 
 enum class Memory : uint8_t { input, output, scratch };
@@ -73,9 +76,29 @@ class Plan {
   const std::vector<Instruction>& instructions() const noexcept { return instructions_; }
   int32_t tiles() const noexcept { return tiles_; }
   int32_t stride() const noexcept { return stride_; }
+  int32_t lag() const noexcept { return lag_; }
   int32_t levels() const noexcept { return levels_; }
   int32_t in_flight() const noexcept { return in_flight_; }  ///< tiles under way at once
   int32_t messages() const noexcept { return messages_; }    ///< sent per tile
+  /// Calls run(instruction, tile) for everything that there is to do, in order.
+  template <class Run>
+  void in_order(Run run) const {
+    if (tiles_ == 1) {
+      for (const Instruction& instruction : instructions_) run(instruction, 0);
+      return;
+    }
+    const int64_t last = static_cast<int64_t>(lag_) * levels_;
+    for (int64_t time = 0; time <= (tiles_ - int64_t{1}) * stride_ + last; ++time) {
+      for (int64_t tile = std::min<int64_t>(tiles_ - 1, time / stride_); tile >= 0 && time - tile * stride_ <= last;
+           --tile) {
+        const int64_t since = time - tile * stride_;
+        if (since % lag_ != 0) continue;
+        const auto level = static_cast<int32_t>(since / lag_);
+        for (int32_t i = level_begin(level); i < level_begin(level + 1); ++i)
+          run(instructions_[static_cast<size_t>(i)], static_cast<int32_t>(tile));
+      }
+    }
+  }
   /// Instructions of level l: [level_begin(l), level_begin(l + 1)).
   int32_t level_begin(int32_t level) const noexcept { return level_begin_[static_cast<size_t>(level)]; }
   size_t element_bytes() const noexcept { return element_; }
@@ -104,7 +127,7 @@ class Plan {
   size_t element_ = 1;
   size_t slot_bytes_ = 0;
   int32_t scratch_slots_ = 0;
-  int32_t tiles_ = 1, stride_ = 1, levels_ = 0, in_flight_ = 1, messages_ = 0;
+  int32_t tiles_ = 1, stride_ = 1, lag_ = 1, levels_ = 0, in_flight_ = 1, messages_ = 0;
   std::vector<int32_t> level_begin_;
 };
 

@@ -4,12 +4,10 @@
 #include <linux/membarrier.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
@@ -24,7 +22,7 @@ inline constexpr size_t kInline = 32;
 inline constexpr size_t kSpacing = 128;  // two lines: the prefetcher fetches pairs
 
 // Where a message's bytes are; kInlined + n: n bytes in the slot itself.
-enum Kind : uint32_t { kStaged, kReference, kWritten, kPrivate, kInlined };
+enum Kind : uint32_t { kStaged, kReference, kWritten, kInlined };
 
 struct alignas(64) MemorySlot {
   std::atomic<uint32_t> tag;  // message number + 1 (low 32 bits) once the rest is there
@@ -42,12 +40,10 @@ static_assert(sizeof(MemorySlot) == 64);
 struct alignas(kSpacing) MemoryHeader {
   std::atomic<uint32_t> doorbell;
   std::atomic<uint32_t> sleeping;
-  uint64_t probe_address, probe_value;  // in the owner's private memory
-  uint32_t asymmetric;                  // the owner orders its sleeping flag before its last look by membarrier
+  uint32_t asymmetric;  // the owner orders its sleeping flag before its last look by membarrier
 };
 struct alignas(kSpacing) MemoryCounter {
   std::atomic<uint64_t> value;
-  std::atomic<uint32_t> reads;
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
 
@@ -87,13 +83,6 @@ void futex_wake(std::atomic<uint32_t>& word) noexcept {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, 1, nullptr, nullptr, 0);
 }
 
-/// A word of this process that no other process is likely to have in the same place.
-uint64_t& probe_word() noexcept {
-  static uint64_t word = (static_cast<uint64_t>(getpid()) << 32) ^ static_cast<uint64_t>(time(nullptr)) ^
-                         reinterpret_cast<uint64_t>(&word);
-  return word;
-}
-
 size_t line_up(size_t nbytes) noexcept { return (nbytes + 63) / 64 * 64; }
 
 }  // namespace
@@ -119,8 +108,6 @@ Segment::Segment(int local_ranks, const MemoryOptions& options, bool shared) : l
     data_ = static_cast<std::byte*>(plain_);
   }
   header().asymmetric = register_membarrier() ? 1 : 0;
-  header().probe_address = reinterpret_cast<uint64_t>(&probe_word());
-  header().probe_value = probe_word();
 }
 
 Segment::Segment(int local_ranks, const MemoryOptions& options, Fd fd)
@@ -137,7 +124,6 @@ MemoryHeader& Segment::header() const noexcept { return *reinterpret_cast<Memory
 MemoryCounter& Segment::consumed(int p) const noexcept {
   return reinterpret_cast<MemoryCounter*>(data_ + sizeof(MemoryHeader))[p];
 }
-std::atomic<uint32_t>& Segment::reads(int p) const noexcept { return consumed(p).reads; }
 MemorySlot* Segment::queue(int p) const noexcept {
   std::byte* queues = data_ + sizeof(MemoryHeader) + static_cast<size_t>(local_ranks_) * sizeof(MemoryCounter);
   return reinterpret_cast<MemorySlot*>(queues) + static_cast<ptrdiff_t>(p) * kQueueDepth;
@@ -161,36 +147,15 @@ MemoryEndpoint::MemoryEndpoint(MemoryPeer own, std::vector<MemoryPeer> peers, in
     fence_ |= peer.segment->header().asymmetric == 0;
     index_[static_cast<size_t>(peer.rank)] = static_cast<int>(links_.size());
     link.peer = std::move(peer);
-    probe(link);
     links_.push_back(std::move(link));
   }
 }
 
-/// May this rank read the peer's memory? If so, the peer is told.
-void MemoryEndpoint::probe(Link& link) noexcept {
-  if (local_ || link.peer.pid <= 0) return;
-  const MemoryHeader& header = link.peer.segment->header();
-  uint64_t found = 0;
-  const iovec here{&found, sizeof found}, there{reinterpret_cast<void*>(header.probe_address), sizeof found};
-  link.readable =
-      process_vm_readv(link.peer.pid, &here, 1, &there, 1, 0) == sizeof found && found == header.probe_value;
-  if (link.readable) own_.segment->reads(link.peer.local_rank).store(1, std::memory_order_release);
-}
-
-bool MemoryEndpoint::peers_read() const noexcept {
-  if (!peers_read_)
-    peers_read_ = !links_.empty() && std::all_of(links_.begin(), links_.end(), [&](const Link& link) {
-      return link.peer.segment->reads(own_.local_rank).load(std::memory_order_acquire) != 0;
-    });
-  return peers_read_;
-}
-
 bool MemoryEndpoint::sends_in_place(const std::byte* data, size_t nbytes) const noexcept {
-  if (local_ || nbytes <= kInline || arena_.contains(data, nbytes)) return true;
-  // Now and then a message is staged all the same, to notice when that has become fast.
-  return nbytes >= options_.read_from && staging_is_slow_ && peers_read() && ++long_messages_ % kProbeEvery != 0;
+  return local_ || nbytes <= kInline || arena_.contains(data, nbytes);
 }
 
+// Now and then ordinary stores are tried all the same, to notice when they have become fast.
 bool MemoryEndpoint::streams() noexcept { return staging_is_slow_ && ++long_messages_ % kProbeEvery != 0; }
 
 void MemoryEndpoint::staged(size_t nbytes, std::chrono::nanoseconds took) noexcept {
@@ -201,18 +166,6 @@ void MemoryEndpoint::staged(size_t nbytes, std::chrono::nanoseconds took) noexce
   staging_is_slow_ = best_pace_ < kSlowPace;
   best_pace_ = 0;
   paces_ = 0;
-}
-
-void MemoryEndpoint::read_private(Link& from, uint64_t address, std::byte* into, size_t nbytes) {
-  size_t done = 0;
-  while (done < nbytes) {
-    const iovec here{into + done, nbytes - done}, there{reinterpret_cast<void*>(address + done), nbytes - done};
-    const ssize_t n = process_vm_readv(from.peer.pid, &here, 1, &there, 1, 0);
-    if (n <= 0)
-      throw Error(ErrorKind::peer_lost, "cannot read the memory of rank " + std::to_string(from.peer.rank) + ": " +
-                                            std::strerror(n == 0 ? EFAULT : errno));
-    done += static_cast<size_t>(n);
-  }
 }
 
 uint64_t MemoryEndpoint::consumed(Link& link) noexcept {
@@ -238,6 +191,10 @@ std::byte* MemoryEndpoint::try_reserve(size_t nbytes) {
   if (need > capacity)
     throw Error(ErrorKind::error, "a slice of " + std::to_string(nbytes) + " bytes does not fit the staging ring of " +
                                       std::to_string(capacity));
+  if (!blocks_.empty() && blocks_.back().sends == 0) {  // nobody was sent the last one
+    blocks_.pop_back();
+    head_ = blocks_.empty() ? tail_ : blocks_.back().end;
+  }
   uint64_t begin = head_;
   if (begin % capacity + need > capacity) begin += capacity - begin % capacity;
   if (begin + need - tail_ > capacity) {
@@ -275,13 +232,9 @@ bool MemoryEndpoint::try_send(int peer, const Signature& signature, const std::b
     } else if (to.peer.arena && to.peer.arena->contains(data, nbytes)) {
       slot.kind = kWritten;
       slot.far.data = static_cast<uint64_t>(data - to.peer.arena->data());
-    } else if (local_ || arena_.contains(data, nbytes)) {
+    } else {
       slot.kind = kReference;
       slot.far.data = reference(data);
-      to.by_reference = to.sent + 1;
-    } else {
-      slot.kind = kPrivate;
-      slot.far.data = reinterpret_cast<uint64_t>(data);
       to.by_reference = to.sent + 1;
     }
   }
@@ -308,7 +261,7 @@ bool MemoryEndpoint::sent(int peer, uint64_t index) {
   return to.seen_consumed > last || consumed(to) > last;
 }
 
-const std::byte* MemoryEndpoint::try_recv(int peer, const Signature& signature, size_t nbytes, std::byte* into) {
+const std::byte* MemoryEndpoint::try_recv(int peer, const Signature& signature, size_t nbytes, std::byte* /*into*/) {
   Link& from = link(peer);
   MemorySlot& slot = from.in[from.received % kQueueDepth];
   if (slot.tag.load(std::memory_order_acquire) != static_cast<uint32_t>(from.received + 1)) return nullptr;
@@ -329,10 +282,6 @@ const std::byte* MemoryEndpoint::try_recv(int peer, const Signature& signature, 
   if (kind >= kInlined) return slot.payload;
   if (kind == kStaged) return from.peer.segment->staging() + slot.far.data;
   if (kind == kWritten) return arena_.mapping().data() + slot.far.data;
-  if (kind == kPrivate) {
-    read_private(from, slot.far.data, into, nbytes);
-    return into;
-  }
   std::byte* const base = local_ ? nullptr : from.peer.arena->data();
   if (slot.far.output != kNowhere) from.output = base + slot.far.output;
   return base + slot.far.data;

@@ -6,9 +6,12 @@
 //   queue[p]      messages from the owner to p: a ring of one-line descriptors, the flag and a short payload in the
 //   same line staging       a ring of bytes; one staged copy serves all its readers
 // Bytes that peers map anyway (an arena; with threads, everything) are not staged: the descriptor says where they are.
-// The same holds for long messages from private memory if the peer may read it (process_vm_readv; a probe at start
-// tells) and writing to staging is slow: 15-20 GB/s where two cores share a cache, 2.5 GB/s where they do not, because
-// each line that the peer has read must be fetched back from it; reading private memory gives 5-10 GB/s in both cases.
+//
+// Ordinary stores to staging run at 15-20 GB/s where two cores share a cache, and at 2.5 GB/s where they do not,
+// because each line that a peer has read must be fetched back from it first; stores past the cache give both cases the
+// second-best time (64 MiB at 2 ranks: 6.4 ms and 32 ms with ordinary stores, 8-10 ms past the cache; letting the peer
+// read private memory by process_vm_readv took 20-27 ms). Virtual machines are moved from one case to the other while
+// they run, so the endpoint watches its pace and chooses.
 #pragma once
 
 #include <atomic>
@@ -24,7 +27,6 @@ namespace paracomm {
 
 struct MemoryOptions {
   size_t staging_bytes = 1280 << 10;
-  size_t read_from = 32 << 10;  ///< bytes of private memory from which on peers read them themselves, if they may
 };
 
 struct MemorySlot;
@@ -42,8 +44,6 @@ class Segment {
   int fd() const noexcept { return mapping_ ? mapping_->fd() : -1; }
   MemoryHeader& header() const noexcept;
   MemoryCounter& consumed(int local_peer) const noexcept;
-  /// Set by the owner once it knows that it may read that peer's private memory.
-  std::atomic<uint32_t>& reads(int local_peer) const noexcept;
   MemorySlot* queue(int local_peer) const noexcept;
   std::byte* staging() const noexcept;
 
@@ -61,7 +61,6 @@ struct MemoryPeer {
   int local_rank = -1;
   std::shared_ptr<Segment> segment;
   std::shared_ptr<Mapping> arena;  ///< null: the same process
-  int pid = 0;
 };
 
 class MemoryEndpoint final : public Endpoint {
@@ -95,7 +94,6 @@ class MemoryEndpoint final : public Endpoint {
     MemoryCounter* consumed_by_me = nullptr;
     uint64_t sent = 0, seen_consumed = 0, received = 0, released = 0, bytes = 0;
     std::byte* output = nullptr;
-    bool readable = false;      // we may read the peer's private memory
     uint64_t by_reference = 0;  // last message whose bytes the peer reads from our memory, plus one
   };
   struct Block {
@@ -108,9 +106,6 @@ class MemoryEndpoint final : public Endpoint {
   void reclaim() noexcept;
   void ring(const Link& link) noexcept;
   uint64_t reference(const std::byte* data) const noexcept;
-  void probe(Link& link) noexcept;
-  bool peers_read() const noexcept;
-  void read_private(Link& link, uint64_t address, std::byte* into, size_t nbytes);
 
   Arena& arena_;
   MemoryPeer own_;
@@ -125,11 +120,10 @@ class MemoryEndpoint final : public Endpoint {
   uint64_t output_ = 0;
   bool armed_ = false;
   uint32_t doorbell_seen_ = 0;
-  mutable bool peers_read_ = false;
   bool staging_is_slow_ = false;
   double best_pace_ = 0;  ///< bytes per nanosecond, of the last few long messages that were staged
   int paces_ = 0;
-  mutable uint64_t long_messages_ = 0;
+  uint64_t long_messages_ = 0;
   std::atomic<bool> interrupted_{false};
 };
 
