@@ -84,7 +84,7 @@ def _through_store(timeout_s: float) -> tuple[int, int, Exchange, str]:
 
     def exchange(blob: bytes) -> list[bytes]:
         at = f"{prefix}/{next(rounds)}"
-        store.set(f"{at}/{rank}", blob or b"\0")
+        store.set(f"{at}/{rank}", blob or b"\0")  # type: ignore[arg-type]  # bytes are kept as they are
         keys = [f"{at}/{r}" for r in range(world_size)]
         store.wait(keys, limit)
         found = [bytes(store.get(key)) for key in keys]

@@ -118,7 +118,7 @@ class Communicator:
         self._choose("all_reduce", None, 0)
 
     def use_cached_table(self) -> None:
-        """Chooses as `paracomm tune` found best for this layout, if rank 0 has such a table in its cache. Collective."""
+        """Chooses as `paracomm tune` found best for this layout, if rank 0 has cached such a table. Collective."""
         path = tune.cache_path(self.hosts[0], self.host_indices)
         found = json.dumps(tune.load(path)) if self.rank == 0 and path.exists() else ""
         table = self.exchange(found.encode())[0]
@@ -198,7 +198,7 @@ class Communicator:
         self, x: Any, *, out: Any = None, async_op: bool = False, algorithm: str | Schedule | None = None,
         timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
-        """Every rank's x, stacked: [world_size, *x.shape] (or `out`, of as many elements). In place: x is out's block."""
+        """Every rank's x, stacked: [world_size, *x.shape] (or `out`, of as many elements; x may be its own block)."""
         source, v = _readable(x)
         if out is None:
             out = empty_like(source, (self.world_size, *source.shape))

@@ -9,7 +9,18 @@
 namespace paracomm {
 
 enum class Collective : uint8_t {
-  all_reduce, reduce, broadcast, all_gather, reduce_scatter, all_to_all, gather, scatter, barrier, send, recv, custom
+  all_reduce,
+  reduce,
+  broadcast,
+  all_gather,
+  reduce_scatter,
+  all_to_all,
+  gather,
+  scatter,
+  barrier,
+  send,
+  recv,
+  custom
 };
 const char* name_of(Collective collective) noexcept;
 

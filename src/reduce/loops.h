@@ -1,7 +1,7 @@
 // The reduction loops, once, for whatever instruction set the including file is compiled for (see loops_*.cpp).
 //
-// Everything here has internal linkage and uses no standard templates: the linker would merge a shared inline function across
-// loops_*.cpp, and the baseline could then run instructions that the CPU lacks. Vectors are the compilers' own
+// Everything here has internal linkage and uses no standard templates: the linker would merge a shared inline function
+// across loops_*.cpp, and the baseline could then run instructions that the CPU lacks. Vectors are the compilers' own
 // (vector_size), so that a loop means the same, lane by lane, at every width.
 #pragma once
 
