@@ -17,7 +17,8 @@ struct Communicator::LocalGroup {
 
 namespace {
 
-constexpr size_t kPlans = 4096;  // in the cache
+constexpr size_t kPlans = 4096;   // in the cache
+constexpr double kCause_s = 0.2;  // a peer that left on somebody else's death is seen before that death, at times
 
 size_t mix(size_t hash, size_t value) noexcept { return (hash ^ value) * 0x9E3779B97F4A7C15ull + (hash >> 29); }
 
@@ -323,6 +324,15 @@ void Communicator::fail(const Error& error, bool tell) {
   }
 }
 
+bool Communicator::learns_cause() const {
+  const Deadline deadline = Deadline::after(control_ ? kCause_s : 0);
+  while (!interruption_.stop.load(std::memory_order_acquire)) {
+    if (deadline.expired()) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
+}
+
 void Communicator::abort(const std::string& why) { fail(Error(ErrorKind::error, why), true); }
 
 void Communicator::check() const {
@@ -457,6 +467,7 @@ void Communicator::run_job(Job& job) {
   } catch (const Interrupted&) {
     throw_failure(context());
   } catch (const Error& error) {
+    if (error.kind() == ErrorKind::peer_lost && learns_cause()) throw_failure(context());
     fail(error, true);
     throw;
   } catch (const std::exception& error) {

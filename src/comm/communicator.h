@@ -129,6 +129,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::optional<Error> contradiction(int one, const Signature& waiting, int other, const History& called) const;
   /// Remembers the first failure, tells all ranks and wakes everybody here.
   void fail(const Error& error, bool tell);
+  /// The data path lost a peer: waits for what the control plane says, which knows who was the first. False: nothing.
+  bool learns_cause() const;
   [[noreturn]] void throw_failure(const std::string& context) const;
 
   int rank_, world_size_;

@@ -177,6 +177,7 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
         }
       }
     } catch (const Error& error) {
+      if (!over && error.kind() == ErrorKind::peer_lost && comm_.learns_cause()) continue;  // check() throws it
       if (!over) comm_.fail(error, true);
       fail_all(error);
     }
