@@ -22,7 +22,6 @@ std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType d
     throw Error(ErrorKind::invalid_argument, std::string(send ? "send to" : "recv from") + " rank " +
                                                  std::to_string(peer) + " on rank " + std::to_string(comm_.rank()) +
                                                  " of " + std::to_string(comm_.world_size()));
-  comm_.check();
   auto work = std::make_shared<Work>(shared_from_this());
   Transfer transfer;
   transfer.work = work;
@@ -34,9 +33,11 @@ std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType d
   transfer.signature.count = nbytes / size_of(dtype);
   transfer.signature.dtype = dtype;
   const std::lock_guard lock(mutex_);
-  if (stopping_) throw Error(ErrorKind::error, "this communicator is closed");
   Lane& lane = lanes_[static_cast<size_t>(peer)];
-  transfer.signature.sequence = send ? ++lane.sent : ++lane.received;
+  transfer.signature.sequence = (send ? lane.sent : lane.received) + 1;
+  if (stopping_ || comm_.interruption_.stop.load(std::memory_order_acquire))
+    comm_.throw_failure(where(transfer, peer, send));
+  ++(send ? lane.sent : lane.received);
   (send ? lane.sends : lane.recvs).push_back(std::move(transfer));
   if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
   changed_.notify_all();

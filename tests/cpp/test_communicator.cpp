@@ -66,7 +66,7 @@ void test_all_throw(const std::vector<World>& worlds, int n, ErrorKind kind,
     Communicator& comm = *comms[static_cast<size_t>(rank)];
     CHECK_THROWS(comm.check(), kind, "rank ");
     CHECK_THROWS(comm.run(sum_of(0, buffers[0])), kind, "all_reduce[ring] #");
-    CHECK_THROWS(comm.send(buffers[0].data(), 4, DType::int32, (rank + 1) % n, -1), kind, "rank ");
+    CHECK_THROWS(comm.send(buffers[0].data(), 4, DType::int32, (rank + 1) % n, -1), kind, "send #1 rank ");
   }
 }
 
