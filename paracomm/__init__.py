@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from paracomm.comm import Communicator, Work, connect
 
 __all__ = [
-    "Communicator", "Error", "InvalidArgument", "Mismatch", "PeerLost", "ScheduleError", "SecurityError", "Timeout", "Work",
-    "__version__", "connect", "init",
+    "Communicator", "Error", "InvalidArgument", "Mismatch", "PeerLost", "ScheduleError", "SecurityError", "Timeout",
+    "Work", "__version__", "connect", "init",
 ]  # fmt: skip
 
 # Schedules need no extension, so that it is loaded with the first name that does.

@@ -89,8 +89,8 @@ std::optional<Signature> Communicator::History::find(uint32_t sequence) const no
 
 Patience Communicator::patience() const {
   // A rank that spins on a core that its peer needs keeps the peer from answering.
-  if (static_cast<int>(local_ranks_.size()) > options_.cores) return {20, 2000};
-  return {4000, 100};
+  if (static_cast<int>(local_ranks_.size()) > options_.cores) return {20, 2000, 1};
+  return {};
 }
 
 void Communicator::start(std::vector<std::unique_ptr<Endpoint>> endpoints, std::vector<int> which,

@@ -154,7 +154,7 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
       if (round()) {
         looks = 0;
         changed_.notify_all();
-      } else if (++looks < patience_.spins) {
+      } else if (++looks < patience_.looks) {
         lock.unlock();
         if (looks % 16 == 0) sched_yield();
         lock.lock();

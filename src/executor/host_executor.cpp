@@ -282,12 +282,13 @@ std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const In
     const bool left = interruption_.left[static_cast<size_t>(peer)].load(std::memory_order_acquire);
     if (auto result = attempt()) return done(result);
     if (interruption_.stop.load(std::memory_order_acquire)) throw Interrupted{};
-    if (look < patience_.spins) {
-      if (look % 64 == 63) progress();
-      pause_cpu();
-    } else if (look < patience_.spins + patience_.yields) {
-      progress();
-      sched_yield();
+    if (look < patience_.looks) {
+      if (look < patience_.spins || look % patience_.yield_every != 0) {
+        pause_cpu();
+      } else {
+        progress();
+        sched_yield();
+      }
     } else {
       if (left)
         throw Error(ErrorKind::peer_lost,

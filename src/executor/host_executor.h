@@ -19,8 +19,9 @@ namespace paracomm {
 
 /// How long to wait in which way before asking the system to sleep.
 struct Patience {
-  int spins = 4000;  ///< looks with a pause between (some 10 ns each)
-  int yields = 200;  ///< looks with a sched_yield between
+  int spins = 100;       ///< looks with a pause between (some 10 ns each), at first
+  int looks = 6000;      ///< looks in all
+  int yield_every = 40;  ///< after the first, one look in so many hands the core on, for the peer may be queued behind us
 };
 
 /// One collective, ready to run.
