@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from paracomm.comm import Communicator, connect
-from paracomm.comm.connect import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S
+from paracomm.comm.group import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S
 from paracomm.errors import Error, InvalidArgument
 
 Exchange = Callable[[bytes], list[bytes]]

@@ -115,8 +115,13 @@ def test_stubs_name_everything_in_the_extension() -> None:
 
 
 @pytest.mark.slow
-def test_stubs_agree_with_the_extension() -> None:
-    run([sys.executable, "-m", "mypy.stubtest", "paracomm._C"], cwd=ROOT)
+def test_stubs_agree_with_the_extension(tmp_path: Path) -> None:
+    # What every class of pybind11 has and no stub can say: its metaclass, and an __init__ that only refuses.
+    allowed = tmp_path / "allowed"
+    names = ["Arena", "Communicator", "Listener", "Program", "Work"]
+    allowed.write_text("".join(f"paracomm._C.{name}\nparacomm._C.{name}.__init__\n" for name in names))
+    command = ["-m", "mypy.stubtest", "paracomm._C", "--allowlist", str(allowed), "--ignore-unused-allowlist"]
+    run([sys.executable, *command], cwd=ROOT)
 
 
 def test_every_command_has_help() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from paracomm.errors import InvalidArgument
 DTYPE_NAMES = {code: name for name, code in _C.DTYPES.items()}
 
 
-class View(NamedTuple):
+@dataclass(frozen=True)
+class View:
     """Where an array's elements are, as the core sees them."""
 
     address: int

@@ -401,7 +401,7 @@ class Communicator:
 
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
         """A communicator of the ranks that give the same color, by (key, rank); None for color None. Collective."""
-        from paracomm.comm.connect import connect
+        from paracomm.comm.group import connect
 
         mine = np.array([-1 if color is None else color, key], np.int64)
         if color is not None and color < 0:

@@ -76,5 +76,5 @@ def all_reduce(s: Schedule, pieces: int = PIECES) -> None:
     for wave in waves:
         for way, verb in ((0, s.reduce), (1, s.copy)):
             hops = np.array([hop[1:] for hop in wave if hop[0] == way], np.int64).reshape(-1, 3)
-            src, dst, chunk = hops.T
-            verb(s.at(src, chunk), s.at(dst, chunk))
+            src, dst, chunks = hops.T
+            verb(s.at(src, chunks), s.at(dst, chunks))
