@@ -26,6 +26,7 @@ size_t mix(size_t hash, size_t value) noexcept { return (hash ^ value) * 0x9E377
 // times as much), 256 to 384 KiB gave the best times for 1 to 64 MiB at 2 ranks, 1.4 times better than 2 MiB. Between
 // hosts longer messages pay, and the processor is seldom the limit.
 constexpr size_t kHostWindow = 320 << 10;
+constexpr size_t kPointToPointRing = 512 << 10;
 constexpr size_t kNetworkWindow = 4 << 20;
 
 // Where ranks share cores, waiting means handing the core on: fewer, longer turns.
@@ -142,7 +143,8 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
   std::vector<PeerSockets> sockets = listener.connect(rank, blobs, deadline, options.sockets_per_peer + 1);
   comm->size_windows(n_local < world_size, is_crowded(addresses));
   // Collectives and point-to-point have a queue of their own each: neither waits for the other's order.
-  const MemoryOptions memory{comm->options_.staging_bytes}, p2p_memory{1 << 20};
+  const MemoryOptions memory{comm->options_.staging_bytes, false},
+      p2p_memory{kPointToPointRing * static_cast<size_t>(std::max(n_local - 1, 1)), true};
   std::vector<int> which(static_cast<size_t>(world_size), -1);
   std::vector<std::unique_ptr<Endpoint>> endpoints, p2p_endpoints;
   if (n_local > 1) {
@@ -198,7 +200,7 @@ std::vector<std::shared_ptr<Communicator>> Communicator::local(int world_size, c
     comms.emplace_back(new Communicator(r, world_size, options, hosts));
     comms.back()->size_windows(false, false);
   }
-  const MemoryOptions memory{comms[0]->options_.staging_bytes};
+  const MemoryOptions memory{comms[0]->options_.staging_bytes, false};
   std::vector<std::shared_ptr<Segment>> segments, p2p_segments;
   for (int r = 0; r < world_size; ++r) {
     segments.push_back(std::make_shared<Segment>(world_size, memory, false));

@@ -9,7 +9,8 @@
 namespace paracomm {
 namespace {
 
-constexpr size_t kSlice = 128 * 1024;
+constexpr size_t kSlice = 128 * 1024;  // a ring of MemoryOptions::ring_per_peer holds several
+constexpr double kFarewell_s = 0.5;    // over TCP, the last messages of a rank may come after the news that it left
 
 }  // namespace
 
@@ -54,7 +55,7 @@ bool PointToPoint::advance_send(int peer, Transfer& t) {
       if (!endpoint.try_send(peer, t.signature, payload, n, t.last_index)) return moved;
       t.by_reference = true;
     } else {
-      std::byte* staged = endpoint.try_reserve(n);
+      std::byte* staged = endpoint.try_reserve_for(peer, n);
       if (staged == nullptr) return moved;
       void* dst = staged;
       copy_bytes(&dst, 1, payload, n);
@@ -107,7 +108,9 @@ bool PointToPoint::round() {
       if (list->empty()) continue;
       const Transfer& t = list->front();
       const std::string what = where(t, peer, list == &lane.sends);
-      if (left && !moved) throw Error(ErrorKind::peer_lost, what + ", which has closed its communicator");
+      if (left && (moved || !lane.farewell)) lane.farewell = Deadline::after(kFarewell_s);
+      if (left && lane.farewell->expired())
+        throw Error(ErrorKind::peer_lost, what + ", which has closed its communicator");
       if (t.deadline.expired())
         throw Error(ErrorKind::timeout, what + " timed out after " + std::to_string(t.timeout_s) + " s");
     }

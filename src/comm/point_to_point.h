@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -36,6 +37,7 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   struct Lane {
     std::deque<Transfer> sends, recvs;
     uint32_t sent = 0, received = 0;
+    std::optional<Deadline> farewell;  // the peer has left; by then, what it sent has come
   };
 
   bool advance_send(int peer, Transfer& transfer);

@@ -14,11 +14,12 @@
 namespace paracomm {
 namespace {
 
-constexpr uint64_t kCopied = ~uint64_t{0};                 // record of a message that left the caller's memory at once
-constexpr auto kNap = std::chrono::microseconds(100'000);  // the longest sleep between two looks at the deadline
-constexpr auto kBusyNap = std::chrono::microseconds(50);   // while another transport has bytes to move
-constexpr auto kStuck = std::chrono::milliseconds(200);    // ranks tell each other about a wait of this length, ...
-constexpr auto kStillStuck = std::chrono::seconds(1);      // ... and again
+constexpr uint64_t kCopied = ~uint64_t{0};                  // record of a message that left the caller's memory at once
+constexpr auto kNap = std::chrono::microseconds(100'000);   // the longest sleep between two looks at the deadline
+constexpr auto kBusyNap = std::chrono::microseconds(50);    // while another transport has bytes to move
+constexpr auto kStuck = std::chrono::milliseconds(200);     // ranks tell each other about a wait of this length, ...
+constexpr auto kFarewell = std::chrono::milliseconds(500);  // last messages may come after the news that a rank left
+constexpr auto kStillStuck = std::chrono::seconds(1);       // ... and again
 
 inline void pause_cpu() noexcept {
 #if defined(__x86_64__)
@@ -266,7 +267,7 @@ std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const In
                                                         const char* what, int peer, Attempt attempt) {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
-  auto tell = start + kStuck;
+  auto tell = start + kStuck, farewell = Clock::time_point::max();
   Endpoint& endpoint = *endpoints_[static_cast<size_t>(peer)];
   auto done = [&](auto result) {
     waited_ns_.fetch_add(static_cast<uint64_t>((Clock::now() - start) / std::chrono::nanoseconds(1)),
@@ -290,7 +291,8 @@ std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const In
         sched_yield();
       }
     } else {
-      if (left)
+      if (left && farewell == Clock::time_point::max()) farewell = Clock::now() + kFarewell;
+      if (Clock::now() >= farewell)
         throw Error(ErrorKind::peer_lost,
                     std::string(what) + " rank " + std::to_string(peer) + ", which has closed its communicator");
       between_naps();

@@ -149,6 +149,13 @@ MemoryEndpoint::MemoryEndpoint(MemoryPeer own, std::vector<MemoryPeer> peers, in
     link.peer = std::move(peer);
     links_.push_back(std::move(link));
   }
+  const size_t rings = options_.ring_per_peer ? std::max<size_t>(links_.size(), 1) : 1;
+  const size_t share = options_.staging_bytes / rings / 64 * 64;
+  for (size_t i = 0; i < rings; ++i) {
+    rings_.emplace_back();
+    rings_.back().begin = staging_ + i * share;
+    rings_.back().capacity = share;
+  }
 }
 
 bool MemoryEndpoint::sends_in_place(const std::byte* data, size_t nbytes) const noexcept {
@@ -172,39 +179,39 @@ uint64_t MemoryEndpoint::consumed(Link& link) noexcept {
   return link.seen_consumed = link.consumed_by_peer->value.load(std::memory_order_acquire);
 }
 
-void MemoryEndpoint::reclaim() noexcept {
-  while (!blocks_.empty()) {
-    const Block& block = blocks_.front();
+void MemoryEndpoint::reclaim(Ring& ring) noexcept {
+  while (!ring.blocks.empty()) {
+    const Block& block = ring.blocks.front();
     for (int i = 0; i < block.sends; ++i) {
-      const auto [slot, number] = staged_sends_[static_cast<size_t>(i)];
+      const auto [slot, number] = ring.sends[static_cast<size_t>(i)];
       Link& to = links_[static_cast<size_t>(slot)];
       if (to.seen_consumed <= number && consumed(to) <= number) return;
     }
-    staged_sends_.erase(staged_sends_.begin(), staged_sends_.begin() + block.sends);
-    tail_ = block.end;
-    blocks_.pop_front();
+    ring.sends.erase(ring.sends.begin(), ring.sends.begin() + block.sends);
+    ring.tail = block.end;
+    ring.blocks.pop_front();
   }
 }
 
-std::byte* MemoryEndpoint::try_reserve(size_t nbytes) {
-  const size_t need = line_up(nbytes), capacity = options_.staging_bytes;
+std::byte* MemoryEndpoint::reserve(Ring& ring, size_t nbytes) {
+  const size_t need = line_up(nbytes), capacity = ring.capacity;
   if (need > capacity)
     throw Error(ErrorKind::error, "a slice of " + std::to_string(nbytes) + " bytes does not fit the staging ring of " +
                                       std::to_string(capacity));
-  if (!blocks_.empty() && blocks_.back().sends == 0) {  // nobody was sent the last one
-    blocks_.pop_back();
-    head_ = blocks_.empty() ? tail_ : blocks_.back().end;
+  if (!ring.blocks.empty() && ring.blocks.back().sends == 0) {  // nobody was sent the last one
+    ring.blocks.pop_back();
+    ring.head = ring.blocks.empty() ? ring.tail : ring.blocks.back().end;
   }
-  uint64_t begin = head_;
+  uint64_t begin = ring.head;
   if (begin % capacity + need > capacity) begin += capacity - begin % capacity;
-  if (begin + need - tail_ > capacity) {
-    reclaim();
-    if (blocks_.empty()) tail_ = head_ = begin = (head_ + capacity - 1) / capacity * capacity;
-    if (begin + need - tail_ > capacity) return nullptr;
+  if (begin + need - ring.tail > capacity) {
+    reclaim(ring);
+    if (ring.blocks.empty()) ring.tail = ring.head = begin = (ring.head + capacity - 1) / capacity * capacity;
+    if (begin + need - ring.tail > capacity) return nullptr;
   }
-  head_ = begin + need;
-  blocks_.push_back({head_, 0});
-  return staging_ + begin % capacity;
+  ring.head = begin + need;
+  ring.blocks.push_back({ring.head, 0});
+  return ring.begin + begin % capacity;
 }
 
 uint64_t MemoryEndpoint::reference(const std::byte* data) const noexcept {
@@ -227,8 +234,9 @@ bool MemoryEndpoint::try_send(int peer, const Signature& signature, const std::b
     if (data >= staging_ && data < staging_ + options_.staging_bytes) {
       slot.kind = kStaged;
       slot.far.data = static_cast<uint64_t>(data - staging_);
-      ++blocks_.back().sends;
-      staged_sends_.emplace_back(index_[static_cast<size_t>(peer)], to.sent);
+      Ring& from = ring_of(peer);
+      ++from.blocks.back().sends;
+      from.sends.emplace_back(index_[static_cast<size_t>(peer)], to.sent);
     } else if (to.peer.arena && to.peer.arena->contains(data, nbytes)) {
       slot.kind = kWritten;
       slot.far.data = static_cast<uint64_t>(data - to.peer.arena->data());

@@ -27,6 +27,8 @@ namespace paracomm {
 
 struct MemoryOptions {
   size_t staging_bytes = 1280 << 10;
+  /// Cut staging into a ring for each peer: one that takes nothing then holds up no other, and nothing serves several.
+  bool ring_per_peer = false;
 };
 
 struct MemorySlot;
@@ -71,7 +73,8 @@ class MemoryEndpoint final : public Endpoint {
   const char* name() const noexcept override { return local_ ? "local" : "shm"; }
   bool sends_in_place(const std::byte* data, size_t nbytes) const noexcept override;
   bool stages() const noexcept override { return true; }
-  std::byte* try_reserve(size_t nbytes) override;
+  std::byte* try_reserve(size_t nbytes) override { return reserve(rings_.front(), nbytes); }
+  std::byte* try_reserve_for(int peer, size_t nbytes) override { return reserve(ring_of(peer), nbytes); }
   bool streams() noexcept override;
   void staged(size_t nbytes, std::chrono::nanoseconds took) noexcept override;
   bool try_send(int peer, const Signature& signature, const std::byte* data, size_t nbytes, uint64_t& index) override;
@@ -100,10 +103,21 @@ class MemoryEndpoint final : public Endpoint {
     uint64_t end = 0;
     int sends = 0;
   };
+  struct Ring {
+    std::byte* begin = nullptr;
+    size_t capacity = 0;
+    uint64_t head = 0, tail = 0;
+    std::deque<Block> blocks;
+    std::deque<std::pair<int, uint64_t>> sends;
+  };
 
   Link& link(int rank) { return links_[static_cast<size_t>(index_[static_cast<size_t>(rank)])]; }
   uint64_t consumed(Link& link) noexcept;
-  void reclaim() noexcept;
+  Ring& ring_of(int rank) noexcept {
+    return rings_[options_.ring_per_peer ? static_cast<size_t>(index_[static_cast<size_t>(rank)]) : 0];
+  }
+  std::byte* reserve(Ring& ring, size_t nbytes);
+  void reclaim(Ring& ring) noexcept;
   void ring(const Link& link) noexcept;
   uint64_t reference(const std::byte* data) const noexcept;
 
@@ -114,9 +128,7 @@ class MemoryEndpoint final : public Endpoint {
   MemoryOptions options_;
   bool local_ = false, fence_ = true;
   std::byte* staging_ = nullptr;
-  uint64_t head_ = 0, tail_ = 0;
-  std::deque<Block> blocks_;
-  std::deque<std::pair<int, uint64_t>> staged_sends_;
+  std::vector<Ring> rings_;
   uint64_t output_ = 0;
   bool armed_ = false;
   uint32_t doorbell_seen_ = 0;

@@ -29,6 +29,8 @@ class Endpoint {
   virtual bool stages() const noexcept = 0;
   /// Memory to write a message into, for one or several of the next sends. nullptr: no room yet, `wait` and try again.
   virtual std::byte* try_reserve(size_t nbytes) = 0;
+  /// The same for sends to one peer alone; an endpoint may keep room for each, so that none holds up another.
+  virtual std::byte* try_reserve_for(int /*peer*/, size_t nbytes) { return try_reserve(nbytes); }
   /// True: what is reserved had better be written past the cache, because the lines are in another core's.
   virtual bool streams() noexcept { return false; }
   /// How long it took to write `nbytes` there by ordinary stores; transports with a choice learn from it.
