@@ -21,7 +21,7 @@ namespace {
 enum class Carrier {
   reference,  ///< in the sender's memory (tcp, an arena, threads); what must not is copied
   written,    ///< the same, but results go straight into the peers' outputs
-  staged,     ///< in a ring of four windows a rank
+  staged,     ///< in a ring of `lag` and three windows a rank
 };
 
 struct Message {
@@ -38,21 +38,25 @@ struct Pair {
 
 class Model {
  public:
-  Model(const World& world, std::vector<Side>& sides, size_t window_bytes, Carrier carrier, bool in_place)
-      : world_(world), sides_(sides), carrier_(carrier), in_place_(in_place), capacity_(4 * window_bytes) {
+  Model(const World& world, std::vector<Side>& sides, size_t window_bytes, int32_t lag, Carrier carrier, bool in_place)
+      : world_(world),
+        sides_(sides),
+        carrier_(carrier),
+        in_place_(in_place),
+        capacity_(static_cast<size_t>(lag + 3) * window_bytes) {
     const auto n = static_cast<size_t>(world.size);
     pairs_.resize(n * n);
     for (size_t r = 0; r < n; ++r) {
-      plans_.emplace_back(world.programs[r], shape_of(sides[r], window_bytes));
+      Shape shape = shape_of(sides[r], window_bytes);
+      shape.lag = lag;
+      plans_.emplace_back(world.programs[r], shape);
       const Plan& plan = plans_.back();
       Rank& rank = ranks_.emplace_back();
       rank.scratch.resize(plan.scratch_bytes());
-      for (int64_t time = 0; time <= (plan.tiles() - 1) * plan.stride() + plan.levels(); ++time)
-        for (int64_t tile = plan.tiles() - 1; tile >= 0; --tile)
-          if (const int64_t level = time - tile * plan.stride(); level >= 0 && level <= plan.levels())
-            for (int32_t i = plan.level_begin(static_cast<int32_t>(level));
-                 i < plan.level_begin(static_cast<int32_t>(level) + 1); ++i)
-              rank.order.push_back({i, static_cast<int32_t>(tile)});
+      const Instruction* const first = plan.instructions().data();
+      plan.in_order([&](const Instruction& instruction, int32_t tile) {
+        rank.order.push_back({static_cast<int32_t>(&instruction - first), tile});
+      });
       CHECK_EQ(rank.order.size(), plan.instructions().size() * static_cast<size_t>(plan.tiles()));
       CHECK_EQ(plan.tiles(), plans_[0].tiles());
     }
@@ -238,7 +242,8 @@ enum class Turns { random, lowest_first, highest_first };
 void run_model(const World& world, const std::vector<size_t>& blocks, size_t window_bytes, Carrier carrier, Turns turns,
                bool in_place, std::mt19937& random, int32_t least_tiles) {
   std::vector<Side> sides = make_sides(world, blocks, in_place);
-  Model model(world, sides, window_bytes, carrier, in_place);
+  const auto lag = static_cast<int32_t>(random() % 4 + 1);
+  Model model(world, sides, window_bytes, lag, carrier, in_place);
   CHECK(model.tiles() >= least_tiles);
   const auto n = static_cast<size_t>(world.size);
   std::vector<size_t> order(n);
@@ -364,7 +369,7 @@ void test_n_ary_reduce_and_forward() {
                  1, 2);
   const Plan plan(program, floats(10));
   CHECK_EQ(plan.dump(),
-           "tiles 1 stride 1 levels 2 scratch 3\n"
+           "tiles 1 stride 1 lag 1 levels 2 scratch 3\n"
            "level 1 size 0:1 output[0] = input[0] recv 1 recv 2 final ->1 ->2\n");
   CHECK_EQ(plan.messages(), 2);
   CHECK_EQ(plan.nbytes(plan.instructions()[0], 0), size_t{40});
@@ -375,7 +380,7 @@ void test_forward_without_store() {
   const Program program =
       program_of({recv_op(scratch0, 1, 1, 0), send_op(scratch0, scratch0, 2, 2, 0), recv_op(data0, 2, 3, 0)}, 1, 1);
   CHECK_EQ(Plan(program, floats(3)).dump(),
-           "tiles 1 stride 1 levels 3 scratch 2\n"
+           "tiles 1 stride 1 lag 1 levels 3 scratch 2\n"
            "level 1 size 0:1 (scratch[0]) = recv 1 ->2\n"
            "level 3 size 0:1 output[0] = recv 2\n");
 }
@@ -397,7 +402,7 @@ void test_one_value_to_several_peers() {
   const Program program =
       program_of({send_op(data0, scratch0, 1, 1, 0), send_op(data0, scratch0, 2, 1, 0), recv_op(data0, 1, 2, 0)}, 1, 0);
   CHECK_EQ(Plan(program, floats(3)).dump(),
-           "tiles 1 stride 1 levels 2 scratch 1\n"
+           "tiles 1 stride 1 lag 1 levels 2 scratch 1\n"
            "level 0 size 0:1  = input[0] ->1 ->2\n"
            "level 2 size 0:1 output[0] = recv 1\n");
 }
@@ -407,7 +412,7 @@ void test_dumps_of_algorithms(const std::vector<World>& worlds) {
     return Plan(find_world(worlds, name, size).programs[rank], floats(300)).dump();
   };
   CHECK_EQ(dump("all_reduce.direct", 3, 1),
-           "tiles 1 stride 1 levels 2 scratch 5\n"
+           "tiles 1 stride 1 lag 1 levels 2 scratch 5\n"
            "level 0 size 2:3  = input[2] ->2\n"
            "level 0 size 0:1  = input[0] ->0\n"
            "level 1 size 1:2 output[1] = input[1] recv 0 recv 2 final ->2! ->0!\n"
@@ -415,19 +420,19 @@ void test_dumps_of_algorithms(const std::vector<World>& worlds) {
            "level 2 size 2:3 output[2] = recv 2\n");
   // The partial sum that rank 0 passes on is not stored: the result comes back into the same place.
   CHECK_EQ(dump("all_reduce.ring", 3, 0),
-           "tiles 1 stride 1 levels 4 scratch 5\n"
+           "tiles 1 stride 1 lag 1 levels 4 scratch 5\n"
            "level 0 size 2:3  = input[2] ->1\n"
            "level 1 size 1:2 (output[1]) = input[1] recv 2 ->1\n"
            "level 2 size 0:1 output[0] = input[0] recv 2 final ->1\n"
            "level 3 size 2:3 output[2] = recv 2 ->1\n"
            "level 4 size 1:2 output[1] = recv 2\n");
   CHECK_EQ(dump("all_reduce.one_shot", 3, 0),
-           "tiles 1 stride 1 levels 1 scratch 4\n"
+           "tiles 1 stride 1 lag 1 levels 1 scratch 4\n"
            "level 0 size 0:1  = input[0] ->1 ->2\n"
            "level 1 size 0:1 output[0] = input[0] recv 1 recv 2 final\n");
   // Rank 1's message arrives a level before it can be added: it is taken at its own level and kept.
   CHECK_EQ(dump("all_reduce.recursive_doubling", 5, 0),
-           "tiles 1 stride 1 levels 4 scratch 6\n"
+           "tiles 1 stride 1 lag 1 levels 4 scratch 6\n"
            "level 1 size 0:1 output[0] = input[0] recv 4 ->1\n"
            "level 1 size 0:1 scratch[4] = recv 1\n"
            "level 2 size 0:1 output[0] = output[0] scratch[4] ->2\n"
