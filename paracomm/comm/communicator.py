@@ -413,11 +413,15 @@ class Communicator:
             return None
         members = sorted((k, r) for r, (c, k) in enumerate(everyone) if c == color)
         ranks = [r for _, r in members]
+
+        def exchange(blob: bytes) -> list[bytes]:
+            everybodys = self.exchange(blob)
+            return [everybodys[r] for r in ranks]
+
         transport, interface, master_address, host_id, connect_timeout_s, tuning = self._settings
         return connect(
-            ranks.index(self.rank), len(ranks), lambda blob: [self.exchange(blob)[r] for r in ranks],
-            transport=transport, timeout_s=self._core.timeout_s, connect_timeout_s=connect_timeout_s,
-            interface=interface, master_address=master_address, host_id=host_id, **tuning,
+            ranks.index(self.rank), len(ranks), exchange, transport=transport, timeout_s=self._core.timeout_s,
+            connect_timeout_s=connect_timeout_s, interface=interface, master_address=master_address, host_id=host_id, **tuning,
         )  # fmt: skip
 
     def abort(self, why: str = "abort() was called") -> None:

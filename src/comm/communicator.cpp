@@ -338,6 +338,8 @@ bool Communicator::learns_cause() const {
 void Communicator::abort(const std::string& why) { fail(Error(ErrorKind::error, why), true); }
 
 void Communicator::check() const {
+  if (generation_ != fork_generation())
+    throw Error(ErrorKind::error, "this communicator belongs to the parent process; a forked child cannot use it");
   if (interruption_.stop.load(std::memory_order_acquire)) throw_failure("rank " + std::to_string(rank_));
 }
 
