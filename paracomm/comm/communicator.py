@@ -421,7 +421,8 @@ class Communicator:
         transport, interface, master_address, host_id, connect_timeout_s, tuning = self._settings
         return connect(
             ranks.index(self.rank), len(ranks), exchange, transport=transport, timeout_s=self._core.timeout_s,
-            connect_timeout_s=connect_timeout_s, interface=interface, master_address=master_address, host_id=host_id, **tuning,
+            connect_timeout_s=connect_timeout_s, interface=interface, master_address=master_address, host_id=host_id,
+            **tuning,
         )  # fmt: skip
 
     def abort(self, why: str = "abort() was called") -> None:
