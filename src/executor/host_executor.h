@@ -19,9 +19,10 @@ namespace paracomm {
 
 /// How long to wait in which way before asking the system to sleep.
 struct Patience {
-  int spins = 100;       ///< looks with a pause between (some 10 ns each), at first
-  int looks = 6000;      ///< looks in all
-  int yield_every = 40;  ///< after the first, one look in so many hands the core on, for the peer may be queued behind us
+  int spins = 100;   ///< looks with a pause between (some 10 ns each), at first
+  int looks = 6000;  ///< looks in all
+  int yield_every =
+      40;  ///< after the first, one look in so many hands the core on, for the peer may be queued behind us
 };
 
 /// One collective, ready to run.
