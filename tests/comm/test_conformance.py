@@ -55,5 +55,6 @@ def test_megabytes(transport: str) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_everything(transport: str, world_size: int) -> None:
     """All of it, crossed."""
-    cases = tuple(cross(world_size, (0, 1, world_size + 1, 1031)))
+    counts = (0, 1, world_size + 1, 1031) if world_size <= 4 else (1, 1031)
+    cases = tuple(cross(world_size, counts))
     check(transport, world_size, cases, window_bytes(world_size))
