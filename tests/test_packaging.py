@@ -120,7 +120,16 @@ def test_stubs_agree_with_the_extension(tmp_path: Path) -> None:
     allowed = tmp_path / "allowed"
     names = ["Arena", "Communicator", "Listener", "Program", "Work"]
     allowed.write_text("".join(f"paracomm._C.{name}\nparacomm._C.{name}.__init__\n" for name in names))
-    command = ["-m", "mypy.stubtest", "paracomm._C", "--allowlist", str(allowed), "--ignore-unused-allowlist"]
+    command = [
+        "-m",
+        "mypy.stubtest",
+        "paracomm._C",
+        "--mypy-config-file",
+        "pyproject.toml",
+        "--allowlist",
+        str(allowed),
+        "--ignore-unused-allowlist",
+    ]
     run([sys.executable, *command], cwd=ROOT)
 
 
