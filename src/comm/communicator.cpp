@@ -1,7 +1,5 @@
 #include "comm/communicator.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -40,12 +38,6 @@ bool is_crowded(const std::vector<Address>& addresses) {
   });
 }
 
-int usable_cores() {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
-  return std::max(CPU_COUNT(&set), 1);
-}
-
 }  // namespace
 
 Communicator::Communicator(int rank, int world_size, const CommOptions& options, std::vector<std::string> hosts)
@@ -54,7 +46,7 @@ Communicator::Communicator(int rank, int world_size, const CommOptions& options,
       options_(options),
       hosts_(std::move(hosts)),
       generation_(fork_generation()) {
-  if (options_.cores <= 0) options_.cores = usable_cores();
+  if (options_.cores <= 0) options_.cores = usable_cpus();
   interruption_.stuck = [this](const Signature& signature) { tell_waiting(signature); };
   interruption_.left = std::make_unique<std::atomic<bool>[]>(static_cast<size_t>(world_size));
 }

@@ -72,13 +72,13 @@ std::string find_host_id(const std::string& hostname) {
   return (boot.empty() ? hostname : boot) + "/" + (known ? std::to_string(space.st_ino) : "?");
 }
 
+}  // namespace
+
 int usable_cpus() {
   cpu_set_t set;
   if (::sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
   return static_cast<int>(std::max(1L, ::sysconf(_SC_NPROCESSORS_ONLN)));
 }
-
-}  // namespace
 
 std::string Address::serialise() const {
   std::string out(kMagic);

@@ -30,6 +30,9 @@ struct Address {
   friend bool operator==(const Address&, const Address&) = default;
 };
 
+/// CPUs that this process may run on, at least one.
+int usable_cpus();
+
 /// Host, process and CPUs filled in; `host_id` empty means: find it out.
 Address local_address(const std::string& host_id = "");
 
