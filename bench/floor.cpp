@@ -38,6 +38,7 @@ class Mapped {
   Mapped& operator=(const Mapped&) = delete;
   ~Mapped() { munmap(data_, nbytes_); }
   float* data() const { return data_; }
+  size_t count() const { return nbytes_ / sizeof(float); }
 
  private:
   size_t nbytes_;
@@ -127,6 +128,9 @@ std::vector<double> measure(const std::string& collective, int ranks, size_t nby
     const std::vector<Move> moves[2] = {moves_of(collective, rank, ranks, count, sets[0]),
                                         moves_of(collective, rank, ranks, count, sets[1])};
     for (size_t i = 0; i < iterations; ++i) {
+      const Set& set = sets[i % 2];  // written anew by its own rank, as a caller's buffers are
+      if (!set.outputs.empty()) std::fill_n(set.out(rank), set.outputs[rank]->count(), 0.0f);
+      std::fill_n(set.in(rank), set.inputs[rank]->count(), 1.0f);
       meet.arrive_and_wait();
       const auto start = Clock::now();
       for (const Move& move : moves[i % 2]) run(move);

@@ -32,13 +32,38 @@ struct DlManagedTensor {
   void (*deleter)(DlManagedTensor*);
 };
 
+// Its table of C functions (version 1.x), which tensor types of torch 2.10 and newer offer: the same answers as from a
+// tensor's attributes in 0.1 us instead of 1.
+struct DlExchange {
+  uint32_t major, minor;
+  DlExchange* previous;
+  void *allocate, *managed_from_object, *managed_to_object;
+  int (*tensor_from_object)(void* object, DlTensor* out);  // borrows; -1: a Python exception is set
+  void* work_stream;
+};
+constexpr uint32_t kDlMajor = 1;
+constexpr int32_t kDlCpu = 1;
+
 [[noreturn]] void refuse(const std::string& what) { throw Error(ErrorKind::invalid_argument, what); }
 
 struct Torch {
   PyObject* tensor_type = nullptr;
   PyObject* dtypes[kDTypes] = {};
   PyObject *data_ptr, *numel, *dtype, *is_contiguous, *is_cpu, *layout, *strided;
+  const DlExchange* exchange = nullptr;
 };
+
+/// The table of a tensor type, null where it has none of a version that we know.
+const DlExchange* exchange_of(PyObject* tensor_type) {
+  const auto capsule =
+      py::reinterpret_steal<py::object>(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
+  const DlExchange* exchange = nullptr;
+  if (capsule && PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api") != 0)
+    exchange = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  PyErr_Clear();
+  while (exchange != nullptr && exchange->major != kDlMajor) exchange = exchange->previous;
+  return exchange;
+}
 
 /// torch's names, once torch is imported; null before that (an array cannot be a tensor then).
 const Torch* torch_names() {
@@ -57,6 +82,7 @@ const Torch* torch_names() {
   names.layout = PyUnicode_InternFromString("layout");
   names.strided = PyObject_GetAttrString(torch, "strided");
   names.tensor_type = PyObject_GetAttrString(torch, "Tensor");
+  names.exchange = exchange_of(names.tensor_type);
   return &names;
 }
 
@@ -65,7 +91,45 @@ PyObject* checked(PyObject* object) {
   return object;
 }
 
+/// The dtype of a DLPack type, -1 if it is not one that collectives take.
+int dtype_of_dlpack(DlType type) {
+  static constexpr struct {
+    uint8_t code, bits;
+    DType dtype;
+  } kKnown[] = {
+      {2, 32, DType::float32}, {4, 16, DType::bfloat16}, {2, 16, DType::float16}, {2, 64, DType::float64},
+      {0, 64, DType::int64},   {0, 32, DType::int32},    {0, 16, DType::int16},   {0, 8, DType::int8},
+      {1, 8, DType::uint8},    {6, 8, DType::boolean},
+  };
+  for (const auto& known : kKnown)
+    if (type.code == known.code && type.bits == known.bits && type.lanes == 1) return static_cast<int>(known.dtype);
+  return -1;
+}
+
+ArrayView view_of_dltensor(const DlTensor& tensor, DType dtype) {
+  ArrayView view;
+  view.dtype = dtype;
+  view.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
+  view.count = 1;
+  int64_t expected = 1;
+  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
+    view.count *= static_cast<size_t>(tensor.shape[d]);
+    if (tensor.strides != nullptr && tensor.shape[d] > 1) view.contiguous &= tensor.strides[d] == expected;
+    expected *= tensor.shape[d];
+  }
+  return view;
+}
+
 ArrayView view_of_tensor(PyObject* tensor, const Torch& torch) {
+  if (torch.exchange != nullptr) {
+    DlTensor borrowed;
+    if (torch.exchange->tensor_from_object(tensor, &borrowed) != 0) {
+      PyErr_Clear();  // the attributes below tell what is wrong with it
+    } else if (borrowed.device.type == kDlCpu) {
+      if (const int dtype = dtype_of_dlpack(borrowed.dtype); dtype >= 0)
+        return view_of_dltensor(borrowed, static_cast<DType>(dtype));
+    }
+  }
   auto attribute = [&](PyObject* name) {
     return py::reinterpret_steal<py::object>(checked(PyObject_GetAttr(tensor, name)));
   };
@@ -135,41 +199,18 @@ ArrayView view_of_buffer(PyObject* object) {
   return view;
 }
 
-DType dtype_of_dlpack(DlType type) {
-  if (type.lanes == 1) {
-    if (type.code == 2 && type.bits == 64) return DType::float64;
-    if (type.code == 2 && type.bits == 32) return DType::float32;
-    if (type.code == 2 && type.bits == 16) return DType::float16;
-    if (type.code == 4 && type.bits == 16) return DType::bfloat16;
-    if (type.code == 0 && type.bits == 8) return DType::int8;
-    if (type.code == 0 && type.bits == 16) return DType::int16;
-    if (type.code == 0 && type.bits == 32) return DType::int32;
-    if (type.code == 0 && type.bits == 64) return DType::int64;
-    if (type.code == 1 && type.bits == 8) return DType::uint8;
-    if (type.code == 6) return DType::boolean;
-  }
-  refuse("DLPack type code " + std::to_string(type.code) + " of " + std::to_string(type.bits) +
-         " bits is not one that collectives take");
-}
-
 ArrayView view_of_dlpack(PyObject* object) {
   const py::object capsule = py::handle(object).attr("__dlpack__")();
   auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (managed == nullptr) throw py::error_already_set();
   const DlTensor& tensor = managed->tensor;  // the capsule still owns it, and `object` keeps the memory
-  if (tensor.device.type != 1)
+  if (tensor.device.type != kDlCpu)
     refuse("DLPack array on device type " + std::to_string(tensor.device.type) + ", expected the CPU");
-  ArrayView view;
-  view.dtype = dtype_of_dlpack(tensor.dtype);
-  view.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
-  view.count = 1;
-  int64_t expected = 1;
-  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
-    view.count *= static_cast<size_t>(tensor.shape[d]);
-    if (tensor.strides != nullptr && tensor.shape[d] > 1) view.contiguous &= tensor.strides[d] == expected;
-    expected *= tensor.shape[d];
-  }
-  return view;
+  const int dtype = dtype_of_dlpack(tensor.dtype);
+  if (dtype < 0)
+    refuse("DLPack type code " + std::to_string(tensor.dtype.code) + " of " + std::to_string(tensor.dtype.bits) +
+           " bits is not one that collectives take");
+  return view_of_dltensor(tensor, static_cast<DType>(dtype));
 }
 
 }  // namespace

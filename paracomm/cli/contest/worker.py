@@ -363,7 +363,8 @@ class Case:
                 yield recv[peer * share : (peer + 1) * share], of(peer), rank * share
 
     def time(self, iterations: int) -> list[float]:
-        """Seconds of each call; the buffers rotate and are written anew before it, then all ranks meet."""
+        """Seconds of each call. The buffers rotate and are written anew before it; all ranks meet before and after, so
+        that none writes its next buffer on a core that another's call still needs."""
         seconds = []
         one = encode(np.ones(1, np.int64), self.dtype)[0]
         barrier, clock = self.contender.barrier, time.perf_counter
@@ -378,6 +379,7 @@ class Case:
             start = clock()
             call()
             seconds.append(clock() - start)
+            barrier()
         return seconds
 
 
