@@ -38,6 +38,11 @@ class Work:
 
     test = done
 
+    @property
+    def source(self) -> int:
+        """The rank that a receive got its message from; -1 before that and for anything else."""
+        return self._core.source
+
     def exception(self) -> BaseException | None:
         """What the operation failed with; None while it runs and when it succeeded. Never blocks."""
         if not self._core.done():
