@@ -370,9 +370,7 @@ class Communicator:
         return self._run(program, 0, 0, 0, _C.DTYPES["uint8"], _SUM, timeout_s, async_op, None, ())
 
     # --- point to point ---
-    def send(
-        self, x: Any, peer: int, *, tag: int = 0, async_op: bool = False, timeout_s: float | None = None
-    ) -> Any:
+    def send(self, x: Any, peer: int, *, tag: int = 0, async_op: bool = False, timeout_s: float | None = None) -> Any:
         """Sends x to `peer`, which calls recv. Messages of a pair and tag arrive in order; everything posted moves at
         once."""
         source, v = _readable(x)
