@@ -39,6 +39,12 @@ OPS = {
 }
 
 
+# To ask a ReduceOp for its kind takes 1.5 us, for its hash a third of that. Where the hash is not the kind's: nothing.
+_kinds = [(dist.ReduceOp(kind), dist.ReduceOp(kind), name) for kind, name in OPS.items()]
+_BY_HASH = {hash(one): name for one, _, name in _kinds} if all(hash(a) == hash(b) for a, b, _ in _kinds) else {}
+_NO_TIME = timedelta(0)
+
+
 class ProcessGroup(dist.ProcessGroup):
     """A torch.distributed process group over a Communicator, for CPU tensors.
 
@@ -145,7 +151,7 @@ class ProcessGroup(dist.ProcessGroup):
             opts = _options(dist.AllreduceOptions, reduceOp=opts, timeout=timeout)
         if isinstance(tensors, Tensor):
             tensors = [tensors]
-        if not opts.asyncOp and len(tensors) == 1 and not _profiler_enabled() and seconds(opts.timeout) is None:
+        if len(tensors) == 1 and not opts.asyncOp and not _profiler_enabled() and not opts.timeout > _NO_TIME:
             try:
                 if self._fast(tensors[0], op_name(opts.reduceOp), None):
                     return COMPLETED
@@ -404,11 +410,13 @@ class ProcessGroup(dist.ProcessGroup):
 
 def op_name(op: Any) -> str:
     """ "sum" for ReduceOp.SUM. Raises InvalidArgument for what the core does not reduce by."""
+    name = _BY_HASH.get(hash(op))
+    if name is not None and type(op) is dist.ReduceOp:
+        return name
     kind = getattr(op, "op", op)
-    name = OPS.get(kind)
-    if name is None:
+    if kind not in OPS:
         raise InvalidArgument(f"reduction {kind} is not supported; there are {', '.join(OPS.values())}")
-    return name
+    return OPS[kind]
 
 
 def _need(good: bool, what: str, why: str) -> None:
