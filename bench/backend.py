@@ -63,11 +63,11 @@ def collectives(bar: Bar, effort: Effort, ranks: int) -> None:
 
 # --- a step of DistributedDataParallel ---
 
-WIDTH, DEPTH, CONTEXT, BATCH = 384, 6, 32, 1
+WIDTH, DEPTH, CONTEXT, BATCH = 384, 6, 16, 1
 
 
 def ddp(bar: Bar, effort: Effort) -> None:
-    """A GPT of 10.7 M parameters, 1 sequence of 32 bytes a rank, 2 processes: steps in turns on either backend."""
+    """A GPT of 10.7 M parameters, 1 sequence of 16 bytes a rank, 2 processes: steps in turns on either backend."""
     import torch.multiprocessing as mp
 
     context = mp.get_context("spawn")

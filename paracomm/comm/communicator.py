@@ -47,6 +47,8 @@ class Communicator:
         self._table = table
         self._settings = settings
         self._programs: dict[Any, int] = {}
+        self._in_flight: list[tuple[_C.Work, list[Any]]] = []
+        self._sweep_at = 16
         # (x, op, out or None): true if it was done at once, None where only all_reduce() knows how.
         self.fast_all_reduce = core.fast_all_reduce()
         self.rank: int = core.rank
@@ -151,11 +153,23 @@ class Communicator:
         limit = -1.0 if timeout_s is None else float(timeout_s)
         arguments = (program, source, target, count, dtype, op, limit, list(blocks), list(output_blocks), largest_block)
         if async_op:
-            return Work(self._core.submit(*arguments), result, keep, finish)
+            return self._launch(self._core.submit(*arguments), result, keep, finish)
         self._core.run(*arguments)
         if finish is not None:
             finish()
         return result
+
+    def _launch(
+        self, core: _C.Work, result: Any, keep: tuple[Any, ...], finish: Callable[[], None] | None = None
+    ) -> Work:
+        # A Work may be dropped before it is complete (DistributedDataParallel.join does so); the core then still has
+        # the memory in use.
+        if len(self._in_flight) >= self._sweep_at:
+            self._in_flight = [entry for entry in self._in_flight if not entry[0].done()]
+            self._sweep_at = max(16, 2 * len(self._in_flight))
+        kept = list(keep)  # emptied by whoever waits
+        self._in_flight.append((core, kept))
+        return Work(core, result, kept, finish)
 
     # --- collectives ---
     def all_reduce(
@@ -375,7 +389,7 @@ class Communicator:
         once."""
         source, v = _readable(x)
         limit = -1.0 if timeout_s is None else float(timeout_s)
-        work = Work(self._core.send(v.address, v.nbytes, v.dtype, peer, limit, tag), x, (source, x))
+        work = self._launch(self._core.send(v.address, v.nbytes, v.dtype, peer, limit, tag), x, (source, x))
         return work if async_op else work.wait()
 
     def recv(
@@ -386,7 +400,7 @@ class Communicator:
         target, w, finish = _writable(x)
         limit = -1.0 if timeout_s is None else float(timeout_s)
         source = _C.ANY_PEER if peer is None else peer
-        work = Work(self._core.recv(w.address, w.nbytes, w.dtype, source, limit, tag), x, (target, x), finish)
+        work = self._launch(self._core.recv(w.address, w.nbytes, w.dtype, source, limit, tag), x, (target, x), finish)
         return work if async_op else work.wait()
 
     # --- memory, groups, ends ---
@@ -443,6 +457,7 @@ class Communicator:
     def close(self) -> None:
         """Leaves. Peers that still need this rank raise PeerLost. Calling it again does nothing."""
         self._core.close()
+        self._in_flight.clear()
         _open.discard(self)
 
     def __enter__(self) -> Communicator:

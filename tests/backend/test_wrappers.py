@@ -254,9 +254,9 @@ def functional(rank: int, world_size: int) -> None:
 
 def sync_batch_norm(rank: int, world_size: int) -> None:
     """torch itself refuses it on a CPU; a model that holds it still runs where it needs no statistics of others."""
-    model = DDP(nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3))))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3)))
     with pytest.raises(ValueError, match="GPU"):
-        model(batch(rank, 0))
+        DDP(model)
     model.eval()
     assert model(batch(rank, 0)).shape == (4, 3)
 
