@@ -206,7 +206,9 @@ void register_comm(py::module_& m) {
 
   py::class_<Work, std::shared_ptr<Work>>(m, "Work")
       .def("wait", &Work::wait, py::arg("timeout_s") = -1.0, nogil)
-      .def("done", &Work::done);
+      .def("done", &Work::done)
+      .def_property_readonly("source", &Work::source);
+  m.attr("ANY_PEER") = kAnyPeer;
 
   auto options = [](double timeout_s, size_t window_bytes, size_t staging_bytes, int sockets_per_peer, int cores,
                     int lag) {
@@ -266,16 +268,18 @@ void register_comm(py::module_& m) {
           py::arg("collective"), py::arg("root"), py::arg("nbytes"))
       .def(
           "send",
-          [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s) {
-            return c.send(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s);
+          [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s, int tag) {
+            return c.send(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s, tag);
           },
-          py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0)
+          py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0,
+          py::arg("tag") = 0)
       .def(
           "recv",
-          [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s) {
-            return c.recv(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s);
+          [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s, int tag) {
+            return c.recv(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s, tag);
           },
-          py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0)
+          py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0,
+          py::arg("tag") = 0)
       .def("abort", &Communicator::abort, py::arg("why"), nogil)
       .def("close", &Communicator::close, nogil)
       .def("check", &Communicator::check)

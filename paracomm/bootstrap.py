@@ -79,23 +79,28 @@ def _through_store(timeout_s: float) -> tuple[int, int, Exchange, str]:
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     else:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=limit)))
-    prefix = f"paracomm/{next(_number)}"
-    rounds = itertools.count()
-
-    def exchange(blob: bytes) -> list[bytes]:
-        at = f"{prefix}/{next(rounds)}"
-        store.set(f"{at}/{rank}", blob or b"\0")  # type: ignore[arg-type]  # bytes are kept as they are
-        keys = [f"{at}/{r}" for r in range(world_size)]
-        store.wait(keys, limit)
-        found = [bytes(store.get(key)) for key in keys]
-        return [b"" if entry == b"\0" else entry for entry in found]
-
     _stores.append(store)
+    exchange = store_exchange(store, rank, world_size, f"paracomm/{next(_number)}", limit)
     return rank, world_size, exchange, os.environ.get("MASTER_ADDR", "")
 
 
 # A Store served by rank 0 must outlive the exchange on all the others.
 _stores: list[Any] = []
+
+
+def store_exchange(store: Any, rank: int, world_size: int, prefix: str, limit: timedelta) -> Exchange:
+    """An exchange for `connect` through a torch Store, under keys that start with `prefix`."""
+    rounds = itertools.count()
+
+    def exchange(blob: bytes) -> list[bytes]:
+        at = f"{prefix}/{next(rounds)}"
+        store.set(f"{at}/{rank}", blob or b"\0")  # bytes are kept as they are
+        keys = [f"{at}/{r}" for r in range(world_size)]
+        store.wait(keys, limit)
+        found = [bytes(store.get(key)) for key in keys]
+        return [b"" if entry == b"\0" else entry for entry in found]
+
+    return exchange
 
 
 def _through_mpi() -> tuple[int, int, Exchange, str]:

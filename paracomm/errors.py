@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-class Error(Exception):
-    """The root of every error that paracomm raises on its own account."""
+class Error(RuntimeError):
+    """The root of every error that paracomm raises on its own account. Programs on torch catch RuntimeError."""
 
 
 class PeerLost(Error):

@@ -47,7 +47,10 @@ class Communicator:
         self._table = table
         self._settings = settings
         self._programs: dict[Any, int] = {}
-        self._fast_all_reduce = core.fast_all_reduce()
+        self._in_flight: list[tuple[_C.Work, list[Any]]] = []
+        self._sweep_at = 16
+        # (x, op, out or None): true if it was done at once, None where only all_reduce() knows how.
+        self.fast_all_reduce = core.fast_all_reduce()
         self.rank: int = core.rank
         self.world_size: int = core.world_size
         if self.world_size > 0:
@@ -69,6 +72,11 @@ class Communicator:
     def local_ranks(self) -> list[int]:
         """Ranks that share memory with this one, itself included."""
         return list(self._core.local_ranks)
+
+    @property
+    def timeout_s(self) -> float:
+        """Of an operation that is given no other."""
+        return float(self._core.timeout_s)
 
     def transport(self, peer: int) -> str:
         """ "shm", "tcp", "local" or "self": how this rank reaches `peer`."""
@@ -145,11 +153,23 @@ class Communicator:
         limit = -1.0 if timeout_s is None else float(timeout_s)
         arguments = (program, source, target, count, dtype, op, limit, list(blocks), list(output_blocks), largest_block)
         if async_op:
-            return Work(self._core.submit(*arguments), result, keep, finish)
+            return self._launch(self._core.submit(*arguments), result, keep, finish)
         self._core.run(*arguments)
         if finish is not None:
             finish()
         return result
+
+    def _launch(
+        self, core: _C.Work, result: Any, keep: tuple[Any, ...], finish: Callable[[], None] | None = None
+    ) -> Work:
+        # A Work may be dropped before it is complete (DistributedDataParallel.join does so); the core then still has
+        # the memory in use.
+        if len(self._in_flight) >= self._sweep_at:
+            self._in_flight = [entry for entry in self._in_flight if not entry[0].done()]
+            self._sweep_at = max(16, 2 * len(self._in_flight))
+        kept = list(keep)  # emptied by whoever waits
+        self._in_flight.append((core, kept))
+        return Work(core, result, kept, finish)
 
     # --- collectives ---
     def all_reduce(
@@ -158,7 +178,7 @@ class Communicator:
     ) -> Any:  # fmt: skip
         """The reduction of every rank's x, on every rank: into `out` (shape and dtype of x) or, without it, into x."""
         plain = not async_op and algorithm is None and timeout_s is None
-        if plain and self._fast_all_reduce(x, op, out):
+        if plain and self.fast_all_reduce(x, op, out):
             return x if out is None else out
         code = _op_code(op)
         source, v = _readable(x)
@@ -364,18 +384,23 @@ class Communicator:
         return self._run(program, 0, 0, 0, _C.DTYPES["uint8"], _SUM, timeout_s, async_op, None, ())
 
     # --- point to point ---
-    def send(self, x: Any, peer: int, *, async_op: bool = False, timeout_s: float | None = None) -> Any:
-        """Sends x to `peer`, which calls recv. Messages of a pair arrive in order; everything posted moves at once."""
+    def send(self, x: Any, peer: int, *, tag: int = 0, async_op: bool = False, timeout_s: float | None = None) -> Any:
+        """Sends x to `peer`, which calls recv. Messages of a pair and tag arrive in order; everything posted moves at
+        once."""
         source, v = _readable(x)
         limit = -1.0 if timeout_s is None else float(timeout_s)
-        work = Work(self._core.send(v.address, v.nbytes, v.dtype, peer, limit), x, (source, x))
+        work = self._launch(self._core.send(v.address, v.nbytes, v.dtype, peer, limit, tag), x, (source, x))
         return work if async_op else work.wait()
 
-    def recv(self, x: Any, peer: int, *, async_op: bool = False, timeout_s: float | None = None) -> Any:
-        """Overwrites x with what `peer` sends; count and dtype must be the sender's."""
+    def recv(
+        self, x: Any, peer: int | None, *, tag: int = 0, async_op: bool = False, timeout_s: float | None = None
+    ) -> Any:
+        """Overwrites x with what `peer` (None: whichever rank is first, `Work.source` says which) sends under this tag;
+        count and dtype must be the sender's."""
         target, w, finish = _writable(x)
         limit = -1.0 if timeout_s is None else float(timeout_s)
-        work = Work(self._core.recv(w.address, w.nbytes, w.dtype, peer, limit), x, (target, x), finish)
+        source = _C.ANY_PEER if peer is None else peer
+        work = self._launch(self._core.recv(w.address, w.nbytes, w.dtype, source, limit, tag), x, (target, x), finish)
         return work if async_op else work.wait()
 
     # --- memory, groups, ends ---
@@ -432,6 +457,7 @@ class Communicator:
     def close(self) -> None:
         """Leaves. Peers that still need this rank raise PeerLost. Calling it again does nothing."""
         self._core.close()
+        self._in_flight.clear()
         _open.discard(self)
 
     def __enter__(self) -> Communicator:

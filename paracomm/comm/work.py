@@ -11,7 +11,7 @@ from paracomm import _C
 class Work:
     """An operation under way. Its arrays must stay as they are until `wait()` returned or `done()` is true."""
 
-    def __init__(self, core: _C.Work, result: Any, keep: tuple[Any, ...], finish: Callable[[], None] | None = None):
+    def __init__(self, core: _C.Work, result: Any, keep: list[Any], finish: Callable[[], None] | None = None):
         self._core = core
         self._result = result
         self._keep = keep  # the memory that the operation uses
@@ -29,7 +29,7 @@ class Work:
         if self._finish is not None:
             self._finish()
             self._finish = None
-        self._keep = ()
+        self._keep.clear()
         return self._result
 
     def done(self) -> bool:
@@ -37,6 +37,11 @@ class Work:
         return self._core.done()
 
     test = done
+
+    @property
+    def source(self) -> int:
+        """The rank that a receive got its message from; -1 before that and for anything else."""
+        return self._core.source
 
     def exception(self) -> BaseException | None:
         """What the operation failed with; None while it runs and when it succeeded. Never blocks."""

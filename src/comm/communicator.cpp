@@ -475,11 +475,12 @@ void Communicator::run_job(Job& job) {
 void Communicator::run(const Call& call) { queue_->run(call); }
 std::shared_ptr<Work> Communicator::submit(const Call& call) { return queue_->submit(call); }
 
-std::shared_ptr<Work> Communicator::send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s) {
-  return p2p_->post(static_cast<std::byte*>(const_cast<void*>(data)), nbytes, dtype, peer, timeout_s, true);
+std::shared_ptr<Work> Communicator::send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s,
+                                         int tag) {
+  return p2p_->post(static_cast<std::byte*>(const_cast<void*>(data)), nbytes, dtype, peer, tag, timeout_s, true);
 }
-std::shared_ptr<Work> Communicator::recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s) {
-  return p2p_->post(static_cast<std::byte*>(data), nbytes, dtype, peer, timeout_s, false);
+std::shared_ptr<Work> Communicator::recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s, int tag) {
+  return p2p_->post(static_cast<std::byte*>(data), nbytes, dtype, peer, tag, timeout_s, false);
 }
 
 std::string Communicator::dump_plan(const Call& call) { return plan(call, false).dump(); }

@@ -46,6 +46,8 @@ struct Call {
   double timeout_s = -1;              ///< negative: the communicator's
 };
 
+inline constexpr int kAnyPeer = -2;
+
 class PointToPoint;
 
 class Communicator : public std::enable_shared_from_this<Communicator> {
@@ -78,8 +80,10 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void run(const Call& call);
   /// Queues it.
   std::shared_ptr<Work> submit(const Call& call);
-  std::shared_ptr<Work> send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s);
-  std::shared_ptr<Work> recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s);
+  /// Messages of one pair and tag arrive in their order.
+  std::shared_ptr<Work> send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s, int tag = 0);
+  /// From kAnyPeer: from whichever rank has such a message first; `Work::source` says which.
+  std::shared_ptr<Work> recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s, int tag = 0);
 
   /// Gives up on every rank: all waiters, here and elsewhere, raise.
   void abort(const std::string& why);

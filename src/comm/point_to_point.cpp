@@ -17,9 +17,10 @@ constexpr double kFarewell_s = 0.5;    // over TCP, the last messages of a rank 
 PointToPoint::PointToPoint(Communicator& comm, std::vector<Endpoint*> endpoints, Patience patience)
     : comm_(comm), endpoints_(std::move(endpoints)), patience_(patience), lanes_(endpoints_.size()) {}
 
-std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType dtype, int peer, double timeout_s,
-                                         bool send) {
-  if (peer < 0 || peer >= comm_.world_size() || peer == comm_.rank())
+std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType dtype, int peer, int tag,
+                                         double timeout_s, bool send) {
+  const bool any = !send && peer == kAnyPeer;
+  if (!any && (peer < 0 || peer >= comm_.world_size() || peer == comm_.rank()))
     throw Error(ErrorKind::invalid_argument, std::string(send ? "send to" : "recv from") + " rank " +
                                                  std::to_string(peer) + " on rank " + std::to_string(comm_.rank()) +
                                                  " of " + std::to_string(comm_.world_size()));
@@ -33,16 +34,75 @@ std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType d
   transfer.signature.collective = Collective::send;
   transfer.signature.count = nbytes / size_of(dtype);
   transfer.signature.dtype = dtype;
+  transfer.signature.root = tag;
   const std::lock_guard lock(mutex_);
-  Lane& lane = lanes_[static_cast<size_t>(peer)];
-  transfer.signature.sequence = (send ? lane.sent : lane.received) + 1;
+  uint32_t& number = any ? received_from_any_
+                         : (send ? lanes_[static_cast<size_t>(peer)].sent : lanes_[static_cast<size_t>(peer)].received);
+  transfer.signature.sequence = number + 1;
   if (stopping_ || comm_.interruption_.stop.load(std::memory_order_acquire))
     comm_.throw_failure(where(transfer, peer, send));
-  ++(send ? lane.sent : lane.received);
-  (send ? lane.sends : lane.recvs).push_back(std::move(transfer));
+  ++number;
+  transfer.order = ++posted_;
+  if (send) {
+    lanes_[static_cast<size_t>(peer)].sends.push_back(std::move(transfer));
+  } else {
+    for (int from = 0; from < static_cast<int>(lanes_.size()); ++from)
+      if ((any || from == peer) && take_aside(from, transfer)) return work;
+    (any ? from_any_ : lanes_[static_cast<size_t>(peer)].recvs).push_back(std::move(transfer));
+  }
   if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
   changed_.notify_all();
   return work;
+}
+
+bool PointToPoint::take_aside(int peer, Transfer& recv) {
+  std::list<Transfer>& aside = lanes_[static_cast<size_t>(peer)].aside;
+  const auto found = std::find_if(aside.begin(), aside.end(),
+                                  [&](const Transfer& t) { return t.signature.root == recv.signature.root; });
+  if (found == aside.end()) return false;
+  const Transfer message = std::move(*found);
+  aside.erase(found);
+  try {
+    check_fit(peer, recv, message.signature);
+  } catch (const Error& error) {
+    comm_.fail(error, true);
+    throw;
+  }
+  std::copy(message.aside.begin(), message.aside.end(), recv.data);
+  recv.work->set_source(peer);
+  recv.work->complete();
+  return true;
+}
+
+void PointToPoint::check_fit(int peer, const Transfer& recv, const Signature& head) const {
+  Signature expected = recv.signature;
+  expected.sequence = head.sequence;  // its number among the sender's says nothing about ours
+  if (head == expected) return;
+  throw Error(ErrorKind::mismatch,
+              where(recv, peer, false) + ": it sends " + describe(head) + " (" + difference(expected, head) + ")");
+}
+
+PointToPoint::Transfer PointToPoint::match(int peer, const Signature& head) {
+  std::list<Transfer>& recvs = lanes_[static_cast<size_t>(peer)].recvs;
+  const auto fits = [&](const Transfer& t) { return t.signature.root == head.root; };
+  const auto own = std::find_if(recvs.begin(), recvs.end(), fits);
+  const auto any = std::find_if(from_any_.begin(), from_any_.end(), fits);
+  const bool take_any = any != from_any_.end() && (own == recvs.end() || any->order < own->order);
+  Transfer taken;
+  if (take_any || own != recvs.end()) {
+    check_fit(peer, take_any ? *any : *own, head);
+    taken = std::move(take_any ? *any : *own);
+    take_any ? from_any_.erase(any) : recvs.erase(own);
+    taken.work->set_source(peer);
+  } else {
+    taken.nbytes = head.count * size_of(head.dtype);
+    taken.aside.resize(taken.nbytes);
+    taken.data = taken.aside.data();
+    taken.timeout_s = comm_.options().timeout_s;
+    taken.deadline = Deadline::after(taken.timeout_s);
+  }
+  taken.signature = head;
+  return taken;
 }
 
 bool PointToPoint::advance_send(int peer, Transfer& t) {
@@ -72,19 +132,49 @@ bool PointToPoint::advance_send(int peer, Transfer& t) {
 
 bool PointToPoint::advance_recv(int peer, Transfer& t) {
   Endpoint& endpoint = *endpoints_[static_cast<size_t>(peer)];
-  bool moved = false;
   while (t.moved < t.nbytes || !t.started) {
     const size_t n = std::min(kSlice, t.nbytes - t.moved);
     const std::byte* bytes = endpoint.try_recv(peer, t.signature, n, t.data + t.moved);
-    if (bytes == nullptr) return moved;
+    if (bytes == nullptr) return false;
     void* dst = t.data + t.moved;
     if (n > 0) copy_bytes(&dst, 1, bytes, n);
     endpoint.release(peer);
     t.moved += n;
-    t.started = moved = true;
+    t.started = true;
   }
-  t.work->complete();
   return true;
+}
+
+bool PointToPoint::advance_recvs(int peer) {
+  Lane& lane = lanes_[static_cast<size_t>(peer)];
+  bool moved = false;
+  while (true) {
+    if (!lane.incoming) {
+      Signature head;
+      if (lane.recvs.empty() && from_any_.empty()) return moved;
+      if (endpoints_[static_cast<size_t>(peer)] == nullptr || (lane.ended && lane.recvs.empty())) return moved;
+      try {
+        if (!endpoints_[static_cast<size_t>(peer)]->peek(peer, head)) return moved;
+      } catch (const Error& error) {
+        // Whoever may also hear from others goes on: if the peer died, and did not just leave, the control plane says
+        // so.
+        if (error.kind() != ErrorKind::peer_lost || !lane.recvs.empty()) throw;
+        lane.ended = true;
+        return moved;
+      }
+      lane.incoming = match(peer, head);
+      moved = true;
+    }
+    const size_t before = lane.incoming->moved;
+    const bool complete = advance_recv(peer, *lane.incoming);
+    moved |= complete || lane.incoming->moved != before;
+    if (!complete) return moved;
+    if (lane.incoming->work)
+      lane.incoming->work->complete();
+    else
+      lane.aside.push_back(std::move(*lane.incoming));
+    lane.incoming.reset();
+  }
 }
 
 bool PointToPoint::round() {
@@ -98,51 +188,69 @@ bool PointToPoint::round() {
       if (!t.work->done()) break;
       lane.sends.pop_front();
     }
-    while (!lane.recvs.empty()) {
-      Transfer& t = lane.recvs.front();
-      if (!t.work->done()) moved |= advance_recv(peer, t);
-      if (!t.work->done()) break;
-      lane.recvs.pop_front();
-    }
-    for (auto* list : {&lane.sends, &lane.recvs}) {
-      if (list->empty()) continue;
-      const Transfer& t = list->front();
-      const std::string what = where(t, peer, list == &lane.sends);
-      if (left && (moved || !lane.farewell)) lane.farewell = Deadline::after(kFarewell_s);
-      if (left && lane.farewell->expired())
-        throw Error(ErrorKind::peer_lost, what + ", which has closed its communicator");
-      if (t.deadline.expired())
-        throw Error(ErrorKind::timeout, what + " timed out after " + std::to_string(t.timeout_s) + " s");
-    }
+    moved |= advance_recvs(peer);
+    const bool pending = !lane.sends.empty() || lane.incoming || !lane.recvs.empty() || !from_any_.empty();
+    if (left && pending && (moved || !lane.farewell)) lane.farewell = Deadline::after(kFarewell_s);
+    if (!lane.sends.empty()) look_at_clock(peer, lane.sends.front(), true);
+    if (lane.incoming) look_at_clock(peer, *lane.incoming, false);
+    for (const Transfer& t : lane.recvs) look_at_clock(peer, t, false);
   }
+  for (const Transfer& t : from_any_) look_at_clock(kAnyPeer, t, false);
   return moved;
 }
 
+void PointToPoint::look_at_clock(int peer, const Transfer& t, bool send) {
+  const auto gone = [&](const Lane& lane) { return lane.farewell && lane.farewell->expired(); };
+  bool alone = peer == kAnyPeer;
+  for (int r = 0; alone && r < static_cast<int>(lanes_.size()); ++r)
+    alone = r == comm_.rank() || gone(lanes_[static_cast<size_t>(r)]);
+  if (alone || (peer != kAnyPeer && gone(lanes_[static_cast<size_t>(peer)])))
+    throw Error(ErrorKind::peer_lost,
+                where(t, peer, send) + (alone ? ", and all of them have" : ", which has") + " closed its communicator");
+  if (t.deadline.expired())
+    throw Error(ErrorKind::timeout, where(t, peer, send) + " timed out after " + std::to_string(t.timeout_s) +
+                                        " s, the timeout of this call");
+}
+
 bool PointToPoint::idle() const noexcept {
-  return std::all_of(lanes_.begin(), lanes_.end(), [](const Lane& l) { return l.sends.empty() && l.recvs.empty(); });
+  return from_any_.empty() && std::all_of(lanes_.begin(), lanes_.end(), [](const Lane& l) {
+           return l.sends.empty() && l.recvs.empty() && !l.incoming;
+         });
+}
+
+template <class Visit>
+void PointToPoint::each_transfer(Visit visit) {
+  for (int peer = 0; peer < static_cast<int>(lanes_.size()); ++peer) {
+    Lane& lane = lanes_[static_cast<size_t>(peer)];
+    for (Transfer& t : lane.sends) visit(peer, t, true);
+    for (Transfer& t : lane.recvs) visit(peer, t, false);
+    if (lane.incoming) visit(peer, *lane.incoming, false);
+  }
+  for (Transfer& t : from_any_) visit(kAnyPeer, t, false);
 }
 
 /// "send #3 rank 0 (hostA): send to rank 2 (hostB)".
 std::string PointToPoint::where(const Transfer& t, int peer, bool send) const {
   auto host = [&](int rank) { return std::to_string(rank) + " (" + comm_.hosts()[static_cast<size_t>(rank)] + ")"; };
   return std::string(send ? "send #" : "recv #") + std::to_string(t.signature.sequence) + " rank " +
-         host(comm_.rank()) + (send ? ": send to rank " : ": recv from rank ") + host(peer);
+         host(comm_.rank()) + (send ? ": send to " : ": recv from ") +
+         (peer == kAnyPeer ? "any rank" : "rank " + host(peer));
 }
 
 void PointToPoint::fail_all(const Error& error) {
   const std::string why = error.what();
-  for (int peer = 0; peer < static_cast<int>(lanes_.size()); ++peer) {
-    Lane& lane = lanes_[static_cast<size_t>(peer)];
-    for (auto* list : {&lane.sends, &lane.recvs}) {
-      for (Transfer& t : *list) {
-        if (t.work->done()) continue;
-        const std::string what = where(t, peer, list == &lane.sends);
-        const bool own = why.rfind(what, 0) == 0;
-        t.work->complete(std::make_exception_ptr(Error(error.kind(), own ? why : what + ": " + why)));
-      }
-      list->clear();
-    }
+  each_transfer([&](int peer, Transfer& t, bool send) {
+    if (!t.work || t.work->done()) return;
+    const std::string what = where(t, peer, send);
+    const bool own = why.rfind(what, 0) == 0;
+    t.work->complete(std::make_exception_ptr(Error(error.kind(), own ? why : what + ": " + why)));
+  });
+  for (Lane& lane : lanes_) {
+    lane.sends.clear();
+    lane.recvs.clear();
+    lane.incoming.reset();
   }
+  from_any_.clear();
 }
 
 /// Moves everything along until `until` is done (null: until nothing is left). The lock is let go between rounds.
@@ -164,7 +272,9 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
       } else {
         // Endpoints are used by the driver alone, also while it sleeps.
         for (size_t peer = 0; peer < lanes_.size(); ++peer) {
-          if (lanes_[peer].sends.empty() && lanes_[peer].recvs.empty()) continue;
+          const Lane& lane = lanes_[peer];
+          if (endpoints_[peer] == nullptr) continue;
+          if (from_any_.empty() && lane.sends.empty() && lane.recvs.empty() && !lane.incoming) continue;
           endpoints_[peer]->progress();
           Endpoint& endpoint = *endpoints_[peer];
           lock.unlock();
@@ -193,13 +303,11 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
 void PointToPoint::finish(Work& work, double timeout_s) {
   const Deadline deadline = Deadline::after(timeout_s);
   std::unique_lock lock(mutex_);
-  for (Lane& lane : lanes_)
-    for (auto* list : {&lane.sends, &lane.recvs})
-      for (Transfer& t : *list)
-        if (t.work.get() == &work && deadline < t.deadline) {
-          t.deadline = deadline;
-          t.timeout_s = timeout_s;
-        }
+  each_transfer([&](int, Transfer& t, bool) {
+    if (t.work.get() != &work || !(deadline < t.deadline)) return;
+    t.deadline = deadline;
+    t.timeout_s = timeout_s;
+  });
   while (!work.done()) {
     if (!driving_)
       drive(lock, &work);

@@ -33,6 +33,10 @@ class Work {
   /// Null while running or when it succeeded.
   std::exception_ptr error() const noexcept { return done() ? error_ : nullptr; }
 
+  /// The rank that a receive got its message from, -1 before that and for anything else.
+  int source() const noexcept { return done() ? source_ : -1; }
+  void set_source(int rank) noexcept { source_ = rank; }
+
   void complete(std::exception_ptr error = nullptr) noexcept {
     error_ = std::move(error);
     done_.store(true, std::memory_order_release);
@@ -42,6 +46,7 @@ class Work {
   std::shared_ptr<Runner> runner_;
   std::atomic<bool> done_{false};
   std::exception_ptr error_;
+  int source_ = -1;
 };
 
 }  // namespace paracomm

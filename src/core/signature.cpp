@@ -44,6 +44,7 @@ std::string describe(const Signature& signature) {
   if (signature.collective == Collective::barrier) return text;
   text += std::string(" (") + name_of(signature.dtype) + " x " + std::to_string(signature.count);
   if (reduces(signature.collective)) text += std::string(", ") + name_of(signature.op);
+  if (signature.collective == Collective::send) return text + ", tag " + std::to_string(signature.root) + ')';
   if (signature.root >= 0) text += ", root " + std::to_string(signature.root);
   return text + ')';
 }

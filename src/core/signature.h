@@ -33,7 +33,7 @@ struct Signature {
   DType dtype = DType::uint8;
   ReduceOp op = ReduceOp::sum;
   uint8_t reserved = 0;
-  int32_t root = -1;
+  int32_t root = -1;  ///< of a send: its tag
 
   friend bool operator==(const Signature&, const Signature&) = default;
 };

@@ -305,7 +305,7 @@ std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const In
       if (remaining.count() == 0)
         throw Error(ErrorKind::timeout, where(job, instruction) + ": " + what + " rank " + std::to_string(peer) + " (" +
                                             hosts_[static_cast<size_t>(peer)] + ") timed out after " +
-                                            seconds_text(job.timeout_s));
+                                            seconds_text(job.timeout_s) + ", the timeout of this call");
       const bool others = queued && distinct_.size() > 1;
       endpoint.wait(peer, std::min(remaining, others ? kBusyNap : kNap));
     }

@@ -270,6 +270,14 @@ bool MemoryEndpoint::sent(int peer, uint64_t index) {
   return to.seen_consumed > last || consumed(to) > last;
 }
 
+bool MemoryEndpoint::peek(int peer, Signature& signature) {
+  const Link& from = link(peer);
+  const MemorySlot& slot = from.in[from.received % kQueueDepth];
+  if (slot.tag.load(std::memory_order_acquire) != static_cast<uint32_t>(from.received + 1)) return false;
+  signature = slot.signature;
+  return true;
+}
+
 const std::byte* MemoryEndpoint::try_recv(int peer, const Signature& signature, size_t nbytes, std::byte* /*into*/) {
   Link& from = link(peer);
   MemorySlot& slot = from.in[from.received % kQueueDepth];

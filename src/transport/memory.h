@@ -79,6 +79,7 @@ class MemoryEndpoint final : public Endpoint {
   void staged(size_t nbytes, std::chrono::nanoseconds took) noexcept override;
   bool try_send(int peer, const Signature& signature, const std::byte* data, size_t nbytes, uint64_t& index) override;
   bool sent(int peer, uint64_t index) override;
+  bool peek(int peer, Signature& signature) override;
   const std::byte* try_recv(int peer, const Signature& signature, size_t nbytes, std::byte* into) override;
   void release(int peer) override;
   void begin(const std::byte* output) override;

@@ -84,6 +84,26 @@ class TcpEndpoint::Link {
     return left;
   }
 
+  bool peek(Signature& signature) {
+    receiving_ = true;
+    take_ahead(reinterpret_cast<std::byte*>(&header_), sizeof(Header), header_read_);
+    if (header_read_ < sizeof(Header)) {
+      const std::array<iovec, 2> parts{
+          {{reinterpret_cast<std::byte*>(&header_) + header_read_, sizeof(Header) - header_read_},
+           {ahead_.data(), kReadAhead}}};
+      const size_t n = read_some(0, parts);
+      const size_t to_header = std::min(n, parts[0].iov_len);
+      header_read_ += to_header;
+      ahead_begin_ = 0;
+      ahead_end_ = n - to_header;
+    }
+    for (Lane& lane : lanes_) lane.starved = false;
+    lanes_[0].starved = header_read_ < sizeof(Header);
+    if (lanes_[0].starved) return false;
+    signature = header_.signature;
+    return true;
+  }
+
   const std::byte* receive(const Signature& signature, size_t nbytes, std::byte* into) {
     receiving_ = true;
     bool complete = true;
@@ -318,6 +338,8 @@ bool TcpEndpoint::try_send(int peer, const Signature& signature, const std::byte
 }
 
 bool TcpEndpoint::sent(int peer, uint64_t index) { return link(peer).sent(index); }
+
+bool TcpEndpoint::peek(int peer, Signature& signature) { return link(peer).peek(signature); }
 
 const std::byte* TcpEndpoint::try_recv(int peer, const Signature& signature, size_t nbytes, std::byte* into) {
   return link(peer).receive(signature, nbytes, into);

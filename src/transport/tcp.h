@@ -36,6 +36,7 @@ class TcpEndpoint final : public Endpoint {
   std::byte* try_reserve(size_t nbytes) override;
   bool try_send(int peer, const Signature& signature, const std::byte* data, size_t nbytes, uint64_t& index) override;
   bool sent(int peer, uint64_t index) override;
+  bool peek(int peer, Signature& signature) override;
   const std::byte* try_recv(int peer, const Signature& signature, size_t nbytes, std::byte* into) override;
   void release(int peer) override;
   bool progress() override;

@@ -43,6 +43,9 @@ class Endpoint {
   virtual bool sent(int peer, uint64_t index) = 0;
 
   // --- receiving ---
+  /// True when the signature of the next message from `peer` is known; it is put into `signature`. For users who cannot
+  /// tell what comes next.
+  virtual bool peek(int peer, Signature& signature) = 0;
   /// The bytes of the next message from `peer`, or nullptr if it is not complete yet. They lie in `into` (room for
   /// `nbytes`) or wherever the transport has them, until `release(peer)`. Call again with the same arguments until it
   /// succeeds. Throws Error(mismatch) if the message has another signature or length, Error(peer_lost) if the peer is

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from paracomm import InvalidArgument, Mismatch
+from paracomm import InvalidArgument, Mismatch, PeerLost
 from tests.comm.cases import run_over
 
 transports = pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
@@ -90,6 +90,65 @@ def refused(comm: Any) -> None:
         comm.recv(locked, 1 - comm.rank)
 
 
+def tags(comm: Any) -> None:
+    """A receive takes the next message of its tag, whatever the order of the tags and however long the others are."""
+    lengths = {0: 3, 5: 400_000, -1: 0, 7: 30}
+    peer = 1 - comm.rank
+    sends = [
+        comm.send(np.full(count, 10.0 * tag + turn), peer, tag=tag, async_op=True)
+        for turn in range(2)
+        for tag, count in lengths.items()
+    ]
+    for tag, count in reversed(lengths.items()):
+        for turn in range(2):
+            x = np.empty(count)
+            comm.recv(x, peer, tag=tag)
+            assert (x == 10 * tag + turn).all()
+    for work in sends:
+        work.wait()
+
+
+def from_any(comm: Any) -> None:
+    """Rank 0 hears everyone, once each, and is told whom; tags and receives from a certain rank are kept apart."""
+    if comm.rank > 0:
+        comm.send(np.array([-float(comm.rank)]), 0, tag=9)
+        comm.send(np.array([float(comm.rank)]), 0, tag=4)
+        return
+    others = list(range(1, comm.world_size))
+    heard = []
+    for _ in others:
+        x = np.zeros(1)
+        work = comm.recv(x, None, tag=4, async_op=True)
+        work.wait()
+        assert x[0] == work.source
+        heard.append(work.source)
+    assert sorted(heard) == others
+    for rank in others:
+        x = np.zeros(1)
+        comm.recv(x, rank, tag=9)
+        assert x[0] == -rank
+
+
+def nobody_is_left(comm: Any) -> None:
+    if comm.rank == 0:
+        with pytest.raises(PeerLost, match=r"recv from any rank, and all of them have closed|closed|left"):
+            comm.recv(np.zeros(1), None)
+    comm.close()
+
+
+def unequal_aside(comm: Any) -> None:
+    """The same for a message that came before its receive was posted."""
+    with pytest.raises(Mismatch, match="dtype"):
+        if comm.rank == 0:
+            comm.send(np.ones(3), 1, tag=1)
+            comm.send(np.ones(3), 1, tag=2)
+            comm.recv(np.ones(3), 1)
+        else:
+            comm.recv(np.ones(3), 0, tag=2)
+            comm.recv(np.ones(3, np.float32), 0, tag=1)
+            comm.recv(np.ones(3), 0)
+
+
 def unequal(comm: Any) -> None:
     with pytest.raises(Mismatch, match="count"):
         if comm.rank == 0:
@@ -100,7 +159,7 @@ def unequal(comm: Any) -> None:
 
 
 @transports
-@pytest.mark.parametrize("check", [both_send_first, many_small, arena_and_strides, refused, unequal])
+@pytest.mark.parametrize("check", [both_send_first, many_small, arena_and_strides, refused, tags, unequal])
 def test_two(transport: str, check: Any) -> None:
     run_over(transport, 2, check)
 
@@ -109,6 +168,17 @@ def test_two(transport: str, check: Any) -> None:
 @pytest.mark.parametrize(("count", "times"), [(100, 300), (100_000, 10)])
 def test_one_who_does_not_listen(transport: str, count: int, times: int) -> None:
     run_over(transport, 3, beside_one_who_does_not_listen, count, times)
+
+
+@transports
+@pytest.mark.parametrize("check", [from_any, nobody_is_left])
+def test_any_source(transport: str, check: Any) -> None:
+    run_over(transport, 3, check)
+
+
+@transports
+def test_unequal_aside(transport: str) -> None:
+    run_over(transport, 2, unequal_aside)
 
 
 @transports

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -84,9 +86,34 @@ def failed(comm: Any) -> None:
             call()
 
 
+def dropped(comm: Any) -> None:
+    """A Work that nobody keeps: the memory lives until the operation is complete, and not longer than it is needed."""
+    peer, before = (comm.rank + 1) % comm.world_size, (comm.rank - 1) % comm.world_size
+    watched = []
+    for turn in range(40):
+        if comm.rank == 0:
+            time.sleep(0.001)  # the others have dropped theirs by then
+        arrays = [np.full(20_000, 1.0) for _ in range(3)]
+        watched += [weakref.ref(array) for array in arrays]
+        comm.all_reduce(arrays[0], async_op=True)
+        comm.recv(arrays[1], before, async_op=True)
+        comm.send(arrays[2], peer, async_op=True)
+        del arrays
+        others = [np.full(20_000, -1.0) for _ in range(3)]  # what freed memory would be given to
+        comm.all_reduce(np.zeros(1))
+        assert all((other == -1).all() for other in others), turn
+    work = comm.all_reduce(array := np.ones(20_000), async_op=True)
+    watched.append(weakref.ref(array))
+    work.wait()
+    comm.barrier()
+    del work, array
+    assert watched[-1]() is None
+    assert sum(ref() is not None for ref in watched) < len(watched) / 2
+
+
 @pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
 @pytest.mark.parametrize(
-    "check", [several_in_flight, in_order_with_others, nobody_waits, waited_for_by_other_threads, failed]
+    "check", [several_in_flight, in_order_with_others, nobody_waits, waited_for_by_other_threads, failed, dropped]
 )
 def test_work(transport: str, check: Any) -> None:
     run_over(transport, 3, check)

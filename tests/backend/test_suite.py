@@ -1,0 +1,31 @@
+"""PyTorch's own distributed tests: a few of them here, the whole by `make slow` and by `python bench/torch_suite.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUNNER = Path(__file__).resolve().parents[2] / "bench" / "torch_suite.py"
+
+
+def run(*arguments: str, timeout_s: float) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(RUNNER), "--no-record", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "NO REASON" not in done.stdout, done.stdout
+    return done.stdout
+
+
+def test_some() -> None:
+    assert " of 4 that pass on gloo pass" in run("--worlds", "2", "--match", "all_reduce_coalesced_full", timeout_s=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_all(world_size: int) -> None:
+    assert "PASS " in run("--worlds", str(world_size), timeout_s=800)
