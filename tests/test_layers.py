@@ -46,6 +46,7 @@ EVERYBODYS = {"errors", "version"}
 CPP_ROOMS = {
     "core": set(),
     "reduce": {"core"},
+    "codec": {"core", "reduce"},
     "transport": {"core"},
     "schedule": {"core"},
     "executor": {"core", "reduce", "transport", "schedule"},
