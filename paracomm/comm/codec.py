@@ -62,7 +62,9 @@ class BlockCodec:
                 f"encode: out has {target.nbytes} bytes, expected a multiple of {self.nbytes(1)} from "
                 f"{self.nbytes(self.blocks(source.count))} on for {source.count} elements"
             )
-        before, after = (0 if a is None else _like(name, a, source) for name, a in (("residual", residual), ("kept", kept)))
+        before, after = (
+            0 if a is None else _like(name, a, source) for name, a in (("residual", residual), ("kept", kept))
+        )
         _C.encode_blocks(
             self.bits, self.block, source.address, before, divisor, source.count, blocks, after, target.address
         )

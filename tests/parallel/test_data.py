@@ -195,7 +195,7 @@ def case_buckets_leave_in_order_while_backward_goes_on(comm):
     launched = []
 
     def hook(state, bucket: Bucket):
-        launched.append((bucket.index, [b.missing for b in parallel.reducer.buckets]))
+        launched.append((bucket.index(), [b.missing for b in parallel.reducer.buckets]))
         all_reduce_hook(state, bucket).wait()
         future = torch.futures.Future()
         future.set_result(bucket.data)
