@@ -20,7 +20,7 @@ PYTHON_ROOMS = {
     "comm": {"schedule", "_C"},
     "backend": {"comm"},
     "hooks": {"comm"},
-    "parallel": {"comm"},
+    "parallel": {"comm", "hooks"},
     "models": {"parallel", "kernels"},
     "train": {"models", "parallel", "kernels", "hooks", "backend", "comm", "schedule"},
     "cli": {

@@ -62,9 +62,7 @@ class BlockCodec:
                 f"encode: out has {target.nbytes} bytes, expected a multiple of {self.nbytes(1)} from "
                 f"{self.nbytes(self.blocks(source.count))} on for {source.count} elements"
             )
-        before, after = (
-            0 if a is None else _like(name, a, source) for name, a in (("residual", residual), ("kept", kept))
-        )
+        before, after = _like("residual", residual, source), _like("kept", kept, source)
         _C.encode_blocks(
             self.bits, self.block, source.address, before, divisor, source.count, blocks, after, target.address
         )
@@ -88,6 +86,8 @@ def _dense(name: str, array: Any, dtype: int) -> View:
 
 
 def _like(name: str, array: Any, x: View) -> int:
+    if array is None:
+        return 0
     found = _dense(name, array, _FLOAT32)
     if found.count != x.count:
         raise InvalidArgument(f"{name} has {found.count} elements, expected {x.count}")

@@ -7,8 +7,8 @@
 
     bytes that a host sends to others, h hosts: those of the hook on h ranks, 2 S (h-1)/h for allreduce_hook
 
-The two levels need not be of one kind: ours inside, and between the leaders a process group of NCCL, MPI, UCC or Gloo, or
-an mpi4py communicator, so that a cluster uses the fabric that it has.
+The two levels need not be of one kind: ours inside, and between the leaders a process group of NCCL, MPI, UCC or Gloo,
+or an mpi4py communicator, so that a cluster uses the fabric that it has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from paracomm.errors import InvalidArgument
 from paracomm.hooks.plain import AllReduceState, first_tensor
-from paracomm.hooks.state import Bucket, Finish, HookState, state_for
+from paracomm.hooks.state import Bucket, Finish, HookState, ddp_hook, state_for
 from paracomm.hooks.wire import Wire, wire_of
 
 
@@ -54,15 +54,15 @@ class HierarchicalState(HookState):
         self.hosts = len(set(hosts))
         self._owned: list[Wire] = []
         if inside is None:
-            self.inside = self._own(self.wire.split(host))
+            self.inside: Wire = self._own(self.wire.split(host))
         else:
             self.inside = wire_of(inside)
         self._inside_again = self._own(self.inside.twin())
         leads = self.inside.rank == 0
-        made = self._own(self.wire.split(0 if leads else None)) if between is None else None
+        made: Any = self._own(self.wire.split(0 if leads else None)) if between is None else None
         self.outer: HookState | None = None
         if leads:
-            wire = made if between is None else wire_of(between)
+            wire: Wire = made if between is None else wire_of(between)
             if wire.world_size != self.hosts:
                 raise InvalidArgument(f"{wire.world_size} leaders meet between {self.hosts} hosts")
             self.outer = (AllReduceState if outer is None else outer)(wire)
@@ -117,6 +117,7 @@ class HierarchicalState(HookState):
             wire.close()
 
 
+@ddp_hook
 def hierarchical_hook(state: Any, bucket: Bucket) -> Any:
     """Two levels. `state`: a HierarchicalState, a process group (None: the default), a Communicator."""
     return state_for(HierarchicalState, state).run(bucket)

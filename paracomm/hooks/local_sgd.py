@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import InvalidArgument
-from paracomm.hooks.state import Bucket, Finish, HookState, state_for
+from paracomm.hooks.state import Bucket, Finish, HookState, ddp_hook, state_for
 from paracomm.hooks.wire import Wire, wire_of
 
 
@@ -89,6 +89,7 @@ class LocalSGDState(HookState):
             self.inside.close()
 
 
+@ddp_hook
 def local_sgd_hook(state: Any, bucket: Bucket) -> Any:
     """Post-local SGD. `state`: a LocalSGDState, a process group (None: the default), a Communicator."""
     return state_for(LocalSGDState, state).run(bucket)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paracomm.hooks.state import Bucket, Finish, HookState, state_for
+from paracomm.hooks.lane import keeps_order, one_at_a_time
+from paracomm.hooks.state import Bucket, Finish, HookState, ddp_hook, state_for
 
 Hook = Callable[[Any, Bucket], Any]
 
@@ -23,14 +24,7 @@ class AllReduceState(HookState):
         super().__init__(where, model=model, feedback=False)
 
     def start(self, bucket: Bucket) -> Finish:
-        buffer = bucket.buffer()
-        work = self.wire.average(buffer)
-
-        def finish() -> Tensor:
-            work.wait()
-            return buffer
-
-        return finish
+        return self.start_exact(bucket)
 
 
 class CastState(HookState):
@@ -63,16 +57,19 @@ class CastState(HookState):
         return finish
 
 
+@ddp_hook
 def allreduce_hook(state: Any, bucket: Bucket) -> Any:
     """The mean, as it is. `state`: an AllReduceState, or a process group (None: the default), or a Communicator."""
     return state_for(AllReduceState, state).run(bucket)
 
 
+@ddp_hook
 def fp16_hook(state: Any, bucket: Bucket) -> Any:
     """The mean in float16, with error feedback. `state`: a CastState, a process group or None, or a Communicator."""
     return state_for(CastState, state, dtype=torch.float16).run(bucket)
 
 
+@ddp_hook
 def bf16_hook(state: Any, bucket: Bucket) -> Any:
     """The mean in bfloat16, with error feedback, on any device. `state`: as fp16_hook's."""
     return state_for(CastState, state, dtype=torch.bfloat16).run(bucket)
@@ -93,7 +90,8 @@ def cast_wrapper(hook: Hook, dtype: torch.dtype) -> Hook:
         return hook(state, bucket).then(widen)
 
     wrapped.__qualname__ = f"cast_wrapper({getattr(hook, '__qualname__', type(hook).__name__)}, {dtype})"
-    return wrapped
+    wrapped.__annotations__ = {}  # DDP refuses strings
+    return keeps_order(wrapped) if one_at_a_time(hook) is hook else wrapped
 
 
 def fp16_wrapper(hook: Hook) -> Hook:

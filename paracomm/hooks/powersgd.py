@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import InvalidArgument
-from paracomm.hooks.state import Bucket, Finish, HookState, state_for
+from paracomm.hooks.state import Bucket, Finish, HookState, ddp_hook, state_for
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class PowerSGDState(HookState):
         least_saving: a matrix is approximated only where that sends so many times fewer elements.
         seed: of the first Q; the same on all ranks.
 
-    With the gradient g and the residual e of each rank, and M = mean(g + e): ||result - M|| <= ||M|| (Frobenius, for each
-    matrix), and 0 to rounding where M's rank is at most `rank`. Vectors and small matrices are exact.
+    With the gradient g and the residual e of each rank, and M = mean(g + e): ||result - M|| <= ||M|| (Frobenius, for
+    each matrix), and 0 to rounding where M's rank is at most `rank`. Vectors and small matrices are exact.
 
     Raises InvalidArgument for a rank below 1 or start_step below 0.
     """
@@ -100,7 +100,7 @@ class PowerSGDState(HookState):
         buffer = bucket.buffer()
         matrices = [] if self.steps < self.start_step else self.matrices(bucket)
         if not matrices:
-            return self._start_exact(buffer)
+            return self.start_exact(bucket)
         if self.memory is None:
             y = buffer.to(torch.float32, copy=True)
         else:
@@ -144,15 +144,6 @@ class PowerSGDState(HookState):
             q = torch.randn(matrix.columns, rank, generator=generator)
         return _orthogonal(q.to(device))
 
-    def _start_exact(self, buffer: Tensor) -> Finish:
-        work = self.wire.average(buffer)
-
-        def finish() -> Tensor:
-            work.wait()
-            return buffer
-
-        return finish
-
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"q": {key: q.clone() for key, q in self._q.items()}}
 
@@ -174,11 +165,13 @@ def _orthogonal(x: Tensor) -> Tensor:
     return torch.linalg.qr(x).Q
 
 
+@ddp_hook
 def powersgd_hook(state: Any, bucket: Bucket) -> Any:
     """PowerSGD, a matrix a parameter. `state`: a PowerSGDState, a process group (None: the default), a Communicator."""
     return state_for(PowerSGDState, state).run(bucket)
 
 
+@ddp_hook
 def batched_powersgd_hook(state: Any, bucket: Bucket) -> Any:
     """PowerSGD, a matrix a bucket. `state`: as powersgd_hook's; a PowerSGDState decides itself."""
     return state_for(PowerSGDState, state, batched=True).run(bucket)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from paracomm.comm.codec import BlockCodec
 from paracomm.errors import InvalidArgument
 from paracomm.hooks.blocks import TorchCodec
-from paracomm.hooks.state import Bucket, Finish, HookState, state_for
+from paracomm.hooks.state import Bucket, Finish, HookState, ddp_hook, state_for
 from paracomm.hooks.wire import as_float
 
 BLOCKS = {8: 256, 4: 64}
@@ -37,8 +37,8 @@ class QuantizedState(HookState):
     """Quantisation to `bits` (8 or 4) in blocks of `block` elements (None: 256 or 64).
 
     With the gradient g and the residual e of each rank: |result - mean(g + e)| <= mean over the other ranks of their
-    scale / 2, plus the mean's own scale / 2; a scale is the largest magnitude of the element's block / 127 (int8) or / 7
-    (int4). An infinity or a NaN makes its block NaN on every rank, and leaves the residuals finite.
+    scale / 2, plus the mean's own scale / 2; a scale is the largest magnitude of the element's block / 127 (int8) or
+    / 7 (int4). An infinity or a NaN makes its block NaN on every rank, and leaves the residuals finite.
 
     Raises InvalidArgument for other bits or blocks.
     """
@@ -68,7 +68,7 @@ class QuantizedState(HookState):
         count = buffer.numel()
         shard_blocks = -(-self.codec.blocks(count) // n)
         if n == 1 or self.codec.blocks(count) < n:
-            return self._start_exact(buffer)
+            return self.start_exact(bucket)
         x = as_float(buffer)
         residual = None if self.memory is None else self.memory.flat(bucket)
         # This rank's own shard stays as it is: it meets the others' in float32.
@@ -79,7 +79,12 @@ class QuantizedState(HookState):
             mine += residual[low:high]
         codec, nbytes = self.codec_for(x), self.codec.nbytes(shard_blocks)
         sent = torch.empty(n * nbytes, dtype=torch.uint8, device=x.device)
-        codec.encode(x, sent, residual=residual, kept=residual)
+        for part, message in (
+            (slice(0, low), sent[: self.wire.rank * nbytes]),
+            (slice(high, count), sent[(self.wire.rank + 1) * nbytes :]),
+        ):
+            kept = None if residual is None else residual[part]
+            codec.encode(x[part], message, residual=kept, kept=kept)
         received = torch.empty_like(sent)
         work = self.wire.all_to_all(received, sent)
 
@@ -91,27 +96,19 @@ class QuantizedState(HookState):
             mean = sent[:nbytes]  # the first message has left: its memory serves the second
             codec.encode(mine, mean, kept=None if residual is None else residual[low:high], divisor=float(n))
             self.second.all_gather(received, mean).wait()
-            result = x if x is not buffer else buffer
-            codec.decode(received, result)
-            return buffer if result is buffer else buffer.copy_(result)
-
-        return finish
-
-    def _start_exact(self, buffer: Tensor) -> Finish:
-        work = self.wire.average(buffer)
-
-        def finish() -> Tensor:
-            work.wait()
-            return buffer
+            codec.decode(received, x)
+            return buffer if x is buffer else buffer.copy_(x)
 
         return finish
 
 
+@ddp_hook
 def int8_hook(state: Any, bucket: Bucket) -> Any:
     """The mean through int8 blocks. `state`: a QuantizedState, a process group (None: the default), a Communicator."""
     return state_for(QuantizedState, state, bits=8).run(bucket)
 
 
+@ddp_hook
 def int4_hook(state: Any, bucket: Bucket) -> Any:
     """The mean through int4 blocks. `state`: as int8_hook's; a QuantizedState decides the bits itself."""
     return state_for(QuantizedState, state, bits=4).run(bucket)

@@ -9,30 +9,35 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from paracomm.errors import InvalidArgument
+from paracomm.hooks.lane import one_at_a_time
 from paracomm.hooks.plain import Hook
-from paracomm.hooks.state import Bucket, HookState
+from paracomm.hooks.state import Bucket, HookState, ddp_hook
 from paracomm.hooks.wire import Wire, wire_of
 
 
 def register(model: nn.Module, hook: Hook, state: Any = None) -> None:
     """Makes `hook(state, bucket)` the communication hook of `model`, DistributedDataParallel or DataParallel.
 
-    A state of ours learns the names of the model's parameters. What the hook raises is raised on this rank, and ends
-    the communication of the group on all others. Raises InvalidArgument for another kind of model, or a hook that
-    cannot be called.
+    Partials, callable objects and annotations of any kind are welcome. A state of ours learns the names of the model's
+    parameters. What the hook raises is raised on this rank, and ends the communication of the group on all others. A
+    hook that is not ours is called for one bucket at a time (see lane.py).
+
+    Raises InvalidArgument for another kind of model, or a hook that cannot be called.
     """
     if not callable(hook):
         raise InvalidArgument(f"a hook must be callable, not {type(hook)}")
     if isinstance(state, HookState):
         state.bind(model)
-    reducer = getattr(model, "reducer", None)
+    reducer: Any = getattr(model, "reducer", None)
     if hasattr(reducer, "set_hook"):
         reducer.set_hook(hook, state)
     elif hasattr(model, "register_comm_hook"):
-        model.register_comm_hook(state, plain_function(hook, wire_of(model.process_group)))
+        ddp: Any = model
+        ddp.register_comm_hook(state, plain_function(hook, wire_of(ddp.process_group)))
     else:
         raise InvalidArgument(
             f"{type(model).__name__} takes no hook: wrap it in DistributedDataParallel or DataParallel"
@@ -42,9 +47,11 @@ def register(model: nn.Module, hook: Hook, state: Any = None) -> None:
 def plain_function(hook: Hook, wire: Wire | None = None) -> Hook:
     """A function that DDP takes for `hook`. What it raises aborts `wire` first."""
 
+    in_order = one_at_a_time(hook)
+
     def registered_hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP accepts no string annotation
         try:
-            return hook(state, bucket)
+            return in_order(state, bucket)
         except BaseException as error:
             if wire is not None:
                 wire.abort(f"a gradient hook raised {type(error).__name__}: {error}")
@@ -60,10 +67,9 @@ def describe(hook: Hook) -> str:
     return getattr(named, "__qualname__", type(hook).__qualname__)
 
 
+@ddp_hook
 def noop_hook(state: Any, bucket: Bucket) -> Any:
     """Leaves every rank its own gradients: how long does a step take without communication?"""
-    import torch
-
     done: torch.futures.Future[Any] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done

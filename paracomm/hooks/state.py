@@ -11,8 +11,6 @@ one, and gives the averaged bucket. Both run in the order of the buckets, which 
 
 from __future__ import annotations
 
-import queue
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import InvalidArgument
+from paracomm.hooks.lane import Function, Lane, keeps_order
 from paracomm.hooks.wire import Wire, wire_of
 
 Finish = Callable[[], Tensor]
@@ -35,54 +34,6 @@ class Bucket(Protocol):
     def parameters(self) -> list[Tensor]: ...
     def is_last(self) -> bool: ...
     def set_buffer(self, buffer: Tensor) -> None: ...
-
-
-class Lane:
-    """A thread that runs functions one after the other and completes a future for each."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def submit(self, job: Callable[[], Any]) -> Any:
-        """A torch Future of what `job` returns; it fails with what the job raises, in C++ and in Python alike."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
-        outcome: torch.futures.Future[Any] = torch.futures.Future()
-        self._jobs.put((job, outcome))
-        # Future.set_exception would reach Python's wait() only: DDP waits in C++ and takes the exception for a tensor.
-        return outcome.then(_raise_or_return)
-
-    def _run(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            job, outcome = item
-            try:
-                result = job()
-            except BaseException as error:
-                result = _Raised(error)
-            outcome.set_result(result)
-            del job, outcome, result, item  # an idle lane keeps no bucket alive
-
-    def close(self) -> None:
-        """Ends the thread after what was submitted."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
-
-
-class _Raised:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-def _raise_or_return(outcome: Any) -> Any:
-    result = outcome.value()
-    if isinstance(result, _Raised):
-        raise result.error
-    return result
 
 
 class Names:
@@ -144,6 +95,13 @@ class Memory:
         self._flats[names] = flat
         return flat
 
+    def settle(self, bucket: Bucket) -> None:
+        """Adds to the buffer of a bucket that is sent exactly what its parameters still have here."""
+        if not self._pieces.keys().isdisjoint(self._names.of(bucket)):
+            flat = self.flat(bucket)
+            bucket.buffer().add_(flat)
+            flat.zero_()
+
     def state_dict(self) -> dict[str, Tensor]:
         return {name: piece.clone() for name, piece in self._pieces.items()}
 
@@ -189,7 +147,20 @@ class HookState(ABC):
 
     @abstractmethod
     def start(self, bucket: Bucket) -> Finish:
-        """Begins the averaging of `bucket`; the returned function ends it and gives the result, which may be anywhere."""
+        """Begins the averaging of `bucket`; what it returns ends it and gives the result, which may lie anywhere."""
+
+    def start_exact(self, bucket: Bucket) -> Finish:
+        """Begins the exact mean of a bucket, with what its parameters have left over from before."""
+        buffer = bucket.buffer()
+        if self.memory is not None:
+            self.memory.settle(bucket)
+        work = self.wire.average(buffer)
+
+        def finish() -> Tensor:
+            work.wait()
+            return buffer
+
+        return finish
 
     def run(self, bucket: Bucket) -> Any:
         """The hook itself: a Future of the averaged buffer. Should it fail here, every rank learns of it."""
@@ -257,6 +228,12 @@ class HookState(ABC):
         self._lane.close()
         if self.second is not self.wire:
             self.second.close()
+
+
+def ddp_hook(hook: Function) -> Function:
+    """Marks a hook of ours, and hides its annotations, which are strings in these files: DDP refuses such a hook."""
+    hook.__annotations__ = {}
+    return keeps_order(hook)
 
 
 _implied: dict[tuple[Any, ...], tuple[Any, HookState]] = {}

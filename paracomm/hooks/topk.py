@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import InvalidArgument
-from paracomm.hooks.state import Bucket, Finish, HookState, state_for
+from paracomm.hooks.state import Bucket, Finish, HookState, ddp_hook, state_for
 
 
 class TopKState(HookState):
@@ -64,6 +64,7 @@ class TopKState(HookState):
         return finish
 
 
+@ddp_hook
 def topk_hook(state: Any, bucket: Bucket) -> Any:
     """The mean of the largest gradients. `state`: a TopKState, a process group (None: the default), a Communicator."""
     return state_for(TopKState, state).run(bucket)

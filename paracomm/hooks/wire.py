@@ -82,7 +82,7 @@ class Wire(ABC):
         """Payload bytes that this rank has sent to others on this wire; None where the engine does not count."""
         return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - an engine may have nothing to give back
         """Gives back what a twin or a split holds. The wire that a person made stays open."""
 
 
@@ -153,7 +153,7 @@ class CommWire(Wire):
 class GroupWire(Wire):
     """Over a torch process group, by the public functions of torch.distributed."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, owned: bool = False) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, key: tuple[Any, ...] | None = None) -> None:
         if group is None:
             if not dist.is_initialized():
                 raise InvalidArgument(
@@ -163,7 +163,7 @@ class GroupWire(Wire):
             group = _present(dist.group.WORLD)
         self.group = group
         self.rank, self.world_size = group.rank(), group.size()
-        self._owned = owned
+        self._key = key
 
     def average(self, x: Tensor) -> Pending:
         x.div_(self.world_size)
@@ -190,12 +190,16 @@ class GroupWire(Wire):
         return None if color is None else self._over(mine)
 
     def _over(self, ranks: list[int]) -> GroupWire:
-        # Only the members take part, so that hooks of a subgroup need nobody else. MPI groups need everybody.
         backend = dist.get_backend(self.group)
+        key = (dist.group.WORLD, backend, *ranks)
+        idle = _idle.get(key, [])
+        if idle:
+            return GroupWire(idle.pop(0), key)
+        # Only the members take part, so that hooks of a subgroup need nobody else. MPI groups need everybody.
         group = dist.new_group(
             ranks, timeout=self._timeout(), backend=backend, use_local_synchronization=backend != "mpi"
         )
-        return GroupWire(group, owned=True)
+        return GroupWire(group, key)
 
     def _timeout(self) -> timedelta | None:
         for device in self.group._device_types:
@@ -214,6 +218,7 @@ class GroupWire(Wire):
         return [numbers.setdefault(name, len(numbers)) for name in self._gathered(_host_name())]
 
     def abort(self, why: str) -> None:
+        self._key = None
         try:
             self.group.abort()
         except Exception:  # what it does is the backend's own, and some have no such thing
@@ -226,8 +231,14 @@ class GroupWire(Wire):
         return sum(int(counted(peer)) for peer in range(self.world_size) if peer != self.rank)
 
     def close(self) -> None:
-        if self._owned and dist.is_initialized():
-            dist.destroy_process_group(self.group)
+        if self._key is not None:
+            _idle.setdefault(self._key, []).append(self.group)
+            self._key = None
+
+
+_idle: dict[tuple[Any, ...], list[dist.ProcessGroup]] = {}
+"""Groups that wires gave back, by default group, backend and ranks. They are used again, and never destroyed: torch
+names a group after its ranks, so that the next one would meet in the store where the last one left its traces."""
 
 
 def _host_name() -> str:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import Error, InvalidArgument
+from paracomm.hooks.lane import keeps_order, one_at_a_time
 
 MIB = 1 << 20
 LOOK_EVERY_S = 0.1
@@ -108,9 +109,10 @@ class Bucket:
 
 Hook = Callable[[Any, Any], Any]
 """hook(state, bucket), as torch's DDP calls it: starts the averaging of `bucket.buffer()` over the ranks and returns a
-torch Future, or anything with wait(). What wait() gives is the averaged buffer, wherever it lies; None: it is in place."""
+torch Future, or anything with wait(). What wait() gives is the averaged buffer, None where it is in place."""
 
 
+@keeps_order
 def all_reduce_hook(state: GradientCommunicator, bucket: Bucket) -> Pending:
     """The default hook: an average by one all_reduce; `state` is the communicator."""
     pending: Pending = state.all_reduce(bucket.buffer(), op="avg", async_op=True)
@@ -128,8 +130,8 @@ class Reducer:
     All ranks give the same parameters in the same order. `bucket_bytes` bounds all buckets but the first, which
     `first_bucket_bytes` bounds; a single larger parameter has a bucket of its own.
 
-    `hook` is called with `state` for each bucket, in their order; it may be any of torch's or of paracomm.hooks. What it
-    raises is raised here, and aborts `comm`, so that every other rank raises as well.
+    `hook` is called with `state` for each bucket, in their order; it may be any of torch's or of paracomm.hooks. What
+    it raises is raised here, and aborts `comm`, so that every other rank raises as well.
 
     Raises InvalidArgument for no parameters or sizes below 1, and Error where the order of calls is wrong.
     """
@@ -167,8 +169,11 @@ class Reducer:
         ]
 
     def set_hook(self, hook: Hook, state: Any = COMMUNICATOR) -> None:
-        """Averages by `hook(state, bucket)` from the next step on; without a state it is given the communicator."""
-        self._hook = hook
+        """Averages by `hook(state, bucket)` from the next step on; without a state it is given the communicator.
+
+        A hook that is not ours is called on a thread, for one bucket after the other (paracomm.hooks.lane).
+        """
+        self._hook = one_at_a_time(hook)
         self._state = self.comm if state is COMMUNICATOR else state
 
     def _on_gradient(self, bucket: Bucket, slot: int) -> Callable[[Tensor], None]:
