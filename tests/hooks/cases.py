@@ -184,7 +184,7 @@ def torchs() -> dict[str, Case]:
             quantization_hooks.quantization_perchannel_hook, lambda group: group, levels(100), on_gloo=False
         ),
         "powerSGD_hook": Case(powerSGD_hook.powerSGD_hook, power, exact),
-        # Its warm-up only: the compression itself fails in torch 2.13, which orthogonalises a matrix as if it were many.
+        # Its warm-up only: the compression itself asserts in torch 2.13 (a matrix where a stack of them is expected).
         "batched_powerSGD_hook": Case(
             powerSGD_hook.batched_powerSGD_hook, partial(power, start_powerSGD_iter=STEPS + 1), exact
         ),

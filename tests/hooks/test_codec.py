@@ -1,4 +1,4 @@
-"""The block codec: its stated error for any input, and the same bytes from the vector code and from torch's operations."""
+"""The block codec: its stated error for any input, and the same bytes from the vector code and from torch."""
 
 from __future__ import annotations
 
