@@ -116,6 +116,7 @@ class Arena:
     @property
     def size(self) -> int: ...
 
+def block_bytes(bits: int, block: int) -> int: ...
 def connect(
     rank: int,
     listener: Listener,
@@ -129,6 +130,18 @@ def connect(
     cores: int = 0,
     lag: int = 0,
 ) -> Communicator: ...
+def decode_blocks(bits: int, block: int, data: int, count: int, add: bool, out: int) -> None: ...
+def encode_blocks(
+    bits: int,
+    block: int,
+    x: int,
+    residual: int,
+    divisor: float,
+    count: int,
+    blocks: int,
+    residual_out: int,
+    out: int,
+) -> None: ...
 def item_size(dtype: int) -> int: ...
 def limit_reduce_isa(isa: str) -> None: ...
 def local_communicators(world_size: int, *, timeout_s: float, window_bytes: int = 0) -> list[Communicator]: ...

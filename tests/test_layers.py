@@ -21,7 +21,7 @@ PYTHON_ROOMS = {
     "_auto": {"backend"},
     "backend": {"comm", "bootstrap"},
     "hooks": {"comm"},
-    "parallel": {"comm"},
+    "parallel": {"comm", "hooks"},
     "models": {"parallel", "kernels"},
     "train": {"models", "parallel", "kernels", "hooks", "backend", "comm", "schedule"},
     "cli": {
@@ -47,6 +47,7 @@ EVERYBODYS = {"errors", "version"}
 CPP_ROOMS = {
     "core": set(),
     "reduce": {"core"},
+    "codec": {"core", "reduce"},
     "transport": {"core"},
     "schedule": {"core"},
     "executor": {"core", "reduce", "transport", "schedule"},

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 COMMANDS = {
-    "bench": "Measure collectives beside their peers and the floor.",
+    "bench": "Measure collectives beside their peers and the floor; `bench ddp`: training by gradient hooks.",
     "train": "Train a Transformer data-parallel.",
     "verify": "Prove the schedules of all algorithms, and measure the proof with mutants.",
     "simulate": "Cost algorithms on a described topology.",
@@ -32,6 +32,14 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         """Collective communication as data: prove it, simulate it, tune it, run it."""
 
     asked = next((a for a in arguments if not a.startswith("-")), None)
+    if list(arguments[:2]) == ["bench", "ddp"]:
+        from paracomm.cli.ddp.command import ddp
+
+        benches = typer.Typer(no_args_is_help=True, help=COMMANDS["bench"])
+        benches.callback()(lambda: None)
+        benches.command("ddp")(ddp)
+        app.add_typer(benches, name="bench")
+        return app
     for name, summary in COMMANDS.items():
         if importlib.util.find_spec(f"paracomm.cli.{name}") is None:
             continue

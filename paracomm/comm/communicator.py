@@ -450,6 +450,10 @@ class Communicator:
             **tuning,
         )  # fmt: skip
 
+    def check(self) -> None:
+        """Raises what the communicator has failed with, here or on another rank; returns while it is well."""
+        self._core.check()
+
     def abort(self, why: str = "abort() was called") -> None:
         """Gives up on every rank: whoever waits, here and elsewhere, raises Error."""
         self._core.abort(f"rank {self.rank}: {why}")

@@ -17,6 +17,7 @@ A rank moves each gradient once into its bucket, or not at all where backward ac
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import Error, InvalidArgument
+from paracomm.hooks.lane import keeps_order, one_at_a_time
 
 MIB = 1 << 20
+LOOK_EVERY_S = 0.1
 
 
 class Pending(Protocol):
@@ -50,31 +53,74 @@ class GradientCommunicator(Protocol):
 
 @dataclass
 class Bucket:
-    """Gradients of one dtype, side by side in `data` [sum of counts]; `views[i]` has the shape of `parameters[i]`."""
+    """Gradients of one dtype, side by side in `data` [sum of counts]; `views[i]` has the shape of `members[i]`.
 
-    index: int
+    Hooks see the interface of torch.distributed.GradBucket: index(), buffer(), gradients(), parameters(), is_last() and
+    set_buffer().
+    """
+
+    position: int
     data: Tensor
     names: list[str]
-    parameters: list[nn.Parameter]
+    members: list[nn.Parameter]
     views: list[Tensor]
+    last: bool = False
     arrived: list[bool] = field(default_factory=list)
     missing: int = 0
     work: Pending | None = None
+    _buffer: Tensor | None = None
+
+    def index(self) -> int:
+        """Its place in the order in which buckets leave."""
+        return self.position
+
+    def buffer(self) -> Tensor:
+        """The gradients [sum of counts], or what set_buffer() put in their place."""
+        return self.data if self._buffer is None else self._buffer
+
+    def gradients(self) -> list[Tensor]:
+        """buffer() as a view for each parameter, of its shape."""
+        if self._buffer is None:
+            return list(self.views)
+        parts = self._buffer.split([member.numel() for member in self.members])
+        return [part.view(member.shape) for part, member in zip(parts, self.members, strict=True)]
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters, in the order of the buffer."""
+        return list(self.members)
+
+    def is_last(self) -> bool:
+        """Whether no other bucket leaves after this one in a step."""
+        return self.last
+
+    def set_buffer(self, buffer: Tensor) -> None:
+        """Lets buffer() and gradients() give `buffer`, of as many elements and any dtype, until the step is over."""
+        if buffer.numel() != self.data.numel():
+            raise InvalidArgument(f"set_buffer: {buffer.numel()} elements, expected {self.data.numel()}")
+        self._buffer = buffer.flatten()
 
     def reset(self) -> None:
         """Await every gradient again."""
-        self.arrived = [False] * len(self.parameters)
-        self.missing = len(self.parameters)
+        self.arrived = [False] * len(self.members)
+        self.missing = len(self.members)
         self.work = None
+        self._buffer = None
 
 
-Hook = Callable[[Any, Bucket], Pending]
-"""Starts the averaging of `bucket.data` in place over the ranks; its wait() returns when the data is there."""
+Hook = Callable[[Any, Any], Any]
+"""hook(state, bucket), as torch's DDP calls it: starts the averaging of `bucket.buffer()` over the ranks and returns a
+torch Future, or anything with wait(). What wait() gives is the averaged buffer, None where it is in place."""
 
 
+@keeps_order
 def all_reduce_hook(state: GradientCommunicator, bucket: Bucket) -> Pending:
     """The default hook: an average by one all_reduce; `state` is the communicator."""
-    return state.all_reduce(bucket.data, op="avg", async_op=True)
+    pending: Pending = state.all_reduce(bucket.buffer(), op="avg", async_op=True)
+    return pending
+
+
+COMMUNICATOR = object()
+"""As a hook's state: the reducer's communicator."""
 
 
 class Reducer:
@@ -83,6 +129,9 @@ class Reducer:
     One step is any number of backward passes with `enabled = False`, one with `enabled = True`, then `finish()`.
     All ranks give the same parameters in the same order. `bucket_bytes` bounds all buckets but the first, which
     `first_bucket_bytes` bounds; a single larger parameter has a bucket of its own.
+
+    `hook` is called with `state` for each bucket, in their order; it may be any of torch's or of paracomm.hooks. What
+    it raises is raised here, and aborts `comm`, so that every other rank raises as well.
 
     Raises InvalidArgument for no parameters or sizes below 1, and Error where the order of calls is wrong.
     """
@@ -95,7 +144,7 @@ class Reducer:
         bucket_bytes: int = 25 * MIB,
         first_bucket_bytes: int = MIB,
         hook: Hook = all_reduce_hook,
-        state: Any = None,
+        state: Any = COMMUNICATOR,
     ) -> None:
         if min(bucket_bytes, first_bucket_bytes) < 1:
             raise InvalidArgument(f"Reducer: bucket sizes {bucket_bytes}, {first_bucket_bytes}, expected at least 1")
@@ -106,18 +155,26 @@ class Reducer:
         self.enabled = True
         self.blocked_s = 0.0
         """Seconds that finish() spent blocked, since the start."""
-        self._hook = hook
-        self._state = comm if state is None else state
+        self.set_hook(hook, state)
         self.buckets = [
             _allocate(index, members, comm)
             for index, members in enumerate(plan_buckets(named, bucket_bytes, first_bucket_bytes))
         ]
+        self.buckets[-1].last = True
         self._launched = 0
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._on_gradient(bucket, slot))
             for bucket in self.buckets
-            for slot, parameter in enumerate(bucket.parameters)
+            for slot, parameter in enumerate(bucket.members)
         ]
+
+    def set_hook(self, hook: Hook, state: Any = COMMUNICATOR) -> None:
+        """Averages by `hook(state, bucket)` from the next step on; without a state it is given the communicator.
+
+        A hook that is not ours is called on a thread, for one bucket after the other (paracomm.hooks.lane).
+        """
+        self._hook = one_at_a_time(hook)
+        self._state = self.comm if state is COMMUNICATOR else state
 
     def _on_gradient(self, bucket: Bucket, slot: int) -> Callable[[Tensor], None]:
         def arrive(parameter: Tensor) -> None:
@@ -138,7 +195,11 @@ class Reducer:
     def _launch_ready(self) -> None:
         while self._launched < len(self.buckets) and self.buckets[self._launched].missing == 0:
             bucket = self.buckets[self._launched]
-            bucket.work = self._hook(self._state, bucket)
+            try:
+                bucket.work = self._hook(self._state, bucket)
+            except BaseException as error:
+                self._tell_everyone(bucket, error)
+                raise
             self._launched += 1
 
     def finish(self) -> None:
@@ -157,12 +218,32 @@ class Reducer:
             start = time.perf_counter()
             for bucket in self.buckets:
                 if bucket.work is not None:
-                    bucket.work.wait()
+                    self._complete(bucket, bucket.work)
             self.blocked_s += time.perf_counter() - start
         finally:
             for bucket in self.buckets:
                 bucket.reset()
             self._launched = 0
+
+    @torch.no_grad()
+    def _complete(self, bucket: Bucket, work: Pending) -> None:
+        try:
+            if isinstance(work, torch._C.Future):
+                _wait_while_ranks_live(work, self.comm)
+            result = work.wait()
+        except BaseException as error:
+            # A torch Future keeps the text of an error only; a state of ours keeps the error.
+            cause = getattr(self._state, "failure", None) or error
+            self._tell_everyone(bucket, cause)
+            raise cause from (error if cause is not error else None)
+        result = result[0] if isinstance(result, (list, tuple)) else result
+        if isinstance(result, Tensor) and result.data_ptr() != bucket.data.data_ptr():
+            bucket.data.copy_(result.view_as(bucket.data))
+
+    def _tell_everyone(self, bucket: Bucket, error: BaseException) -> None:
+        abort = getattr(self.comm, "abort", None)
+        if abort is not None:
+            abort(f"the hook of bucket {bucket.position} raised {type(error).__name__}: {error}")
 
     def remove(self) -> None:
         """Takes the hooks off the parameters; their gradients stay where they are."""
@@ -209,10 +290,22 @@ def _allocate(index: int, members: list[tuple[str, nn.Parameter]], comm: Gradien
     return bucket
 
 
+def _wait_while_ranks_live(future: Any, comm: Any) -> None:
+    """Returns when the future is done. Raises if the communicator fails meanwhile: a hook may wait for a process group
+    of torch, which does not know that a rank gave up."""
+    check = getattr(comm, "check", None)
+    if check is None:
+        return
+    done = threading.Event()
+    future.then(lambda _: done.set())
+    while not done.wait(LOOK_EVERY_S):
+        check()
+
+
 @torch.no_grad()
 def _place(bucket: Bucket, slot: int) -> None:
     """Makes the gradient a view into its bucket: copied if backward made its own tensor, zeros if there is none."""
-    parameter, view = bucket.parameters[slot], bucket.views[slot]
+    parameter, view = bucket.members[slot], bucket.views[slot]
     gradient = parameter.grad
     if gradient is view:
         return

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import Mismatch
-from paracomm.parallel.bucket import MIB, GradientCommunicator, Hook, Reducer, all_reduce_hook
+from paracomm.parallel.bucket import COMMUNICATOR, MIB, GradientCommunicator, Hook, Reducer, all_reduce_hook
 
 
 class Communicator(GradientCommunicator, Protocol):
@@ -46,7 +46,7 @@ class DataParallel(nn.Module):
         bucket_bytes: int = 25 * MIB,
         first_bucket_bytes: int = MIB,
         hook: Hook = all_reduce_hook,
-        state: Any = None,
+        state: Any = COMMUNICATOR,
     ) -> None:
         super().__init__()
         self.module = module
@@ -61,6 +61,16 @@ class DataParallel(nn.Module):
             hook=hook,
             state=state,
         )
+
+    @property
+    def process_group(self) -> Any:
+        """torch's default process group, which torch's hooks for ZeRO ask of a DistributedDataParallel."""
+        import torch.distributed as dist
+
+        return dist.group.WORLD
+
+    _has_rebuilt_buckets = True
+    """What they ask as well: these buckets are final from the start."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)

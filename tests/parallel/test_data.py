@@ -10,6 +10,7 @@ from ranks import Rank, run_ranks
 from torch import nn
 
 from paracomm.errors import Error, Mismatch
+from paracomm.hooks.lane import keeps_order
 from paracomm.models import GPT, GPTConfig, next_byte_loss
 from paracomm.parallel import Bucket, DataParallel
 from paracomm.parallel.bucket import all_reduce_hook
@@ -194,8 +195,9 @@ def case_mixed_dtypes_and_frozen_parameters(comm):
 def case_buckets_leave_in_order_while_backward_goes_on(comm):
     launched = []
 
+    @keeps_order
     def hook(state, bucket: Bucket):
-        launched.append((bucket.index, [b.missing for b in parallel.reducer.buckets]))
+        launched.append((bucket.index(), [b.missing for b in parallel.reducer.buckets]))
         all_reduce_hook(state, bucket).wait()
         future = torch.futures.Future()
         future.set_result(bucket.data)

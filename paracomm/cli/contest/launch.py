@@ -52,7 +52,9 @@ def package_path() -> str:
 class Group:
     """The ranks of one contender, each behind its own control socket."""
 
-    def __init__(self, name: str, ranks: int, starts: Sequence[Start], worker_args: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, ranks: int, starts: Sequence[Start], worker_args: Sequence[str], worker: Path = WORKER
+    ) -> None:
         self.name, self.ranks = name, ranks
         self._folder = tempfile.TemporaryDirectory(prefix="paracomm-bench-")
         path = os.path.join(self._folder.name, "control")
@@ -68,7 +70,7 @@ class Group:
             for start in starts:
                 self._processes.append(
                     subprocess.Popen(
-                        [*start.argv, str(WORKER), path, *worker_args],
+                        [*start.argv, str(worker), path, *worker_args],
                         env=os.environ | {"OMP_NUM_THREADS": "1"} | start.env,
                         stdin=subprocess.DEVNULL,
                         stdout=self._log,

@@ -1,0 +1,101 @@
+"""The bars of the gradient hooks, one function each: `python bench/ddp_hooks.py links [loss hierarchy]`.
+
+links      needs root and iproute2: hosts are network namespaces (hosts.sh) on links of 1 Gbit/s.
+loss       500 steps of the train command's model with its defaults, on 2 ranks of this host.
+hierarchy  needs root; its MPI leg needs `paracomm bench --install-peers`.
+
+A bar prints PASS or SHORT with its figure, and JSON lines go to bench/results/. In-text: how communication-bound a job
+is follows from its own step without communication, which is measured beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from bars import Bar, hosts
+from hierarchy import hierarchy
+from rich.console import Console
+
+from paracomm.cli.contest.launch import Place
+from paracomm.cli.ddp.case import PLAIN, Arrangement, Job, Outcome
+from paracomm.cli.ddp.run import run, table
+
+
+def measure(
+    bar: Bar, job: Job, place: Place, names: list[tuple[str, str]], title: str
+) -> dict[tuple[str, str], Outcome]:
+    outcomes = run(job, [Arrangement(engine, hook) for engine, hook in names], place, lambda text: None)
+    Console(width=120).print(table(outcomes, title))
+    bar.records += [o.record() | {"what": "row", "title": title} for o in outcomes]
+    for outcome in outcomes:
+        if outcome.trouble:
+            typer.echo(f"  {outcome.arrangement.label}: {outcome.trouble}")
+    return {(o.arrangement.engine, o.arrangement.hook): o for o in outcomes if not o.trouble}
+
+
+def over(found: dict[tuple[str, str], Outcome], engine: str, hook: str, what: str) -> float | None:
+    """Plain's figure / the hook's, on one engine."""
+    plain, other = found.get((engine, PLAIN)), found.get((engine, hook))
+    if plain is None or other is None or not getattr(other, what):
+        return None
+    return float(getattr(plain, what) / getattr(other, what))
+
+
+def links(bar: Bar) -> None:
+    """GPT of 13 M parameters, sequences of 16 bytes, 2 and 4 hosts of 1 rank, links of 1 Gbit/s."""
+    for ranks in (2, 4):
+        job = Job(width=512, depth=4, heads=8, context=16, batch=ranks, steps=8, warm_up=2, bucket_mib=4)
+        names = [("paracomm", hook) for hook in (PLAIN, "int8", "int4")]
+        names += [("gloo", hook) for hook in (PLAIN, "int8")]
+        with hosts(ranks, "1gbit"):
+            found = measure(bar, job, Place(ranks, tuple(range(ranks))), names, f"{ranks} hosts, 1 Gbit/s")
+        plain = found.get(("paracomm", PLAIN))
+        if plain is not None:
+            share = plain.exposed_s / plain.step_s
+            typer.echo(f"  exposed communication is {share:.0%} of plain's step")
+        for engine in ("paracomm", "gloo"):
+            at = f"{engine}, {ranks} hosts"
+            bar.hold(f"int8: fewer bytes, {at}", over(found, engine, "int8", "bytes_per_step"), 3.5)
+            bar.hold(f"int8: step rate over plain's, {at}", over(found, engine, "int8", "step_s"), 2.5)
+        bar.hold(f"int4: fewer bytes, paracomm, {ranks} hosts", over(found, "paracomm", "int4", "bytes_per_step"), 6.5)
+
+
+def loss(bar: Bar) -> None:
+    """The train command's default model, text and optimizer, 500 steps, 2 ranks: the loss of the last 50."""
+    job = Job(steps=497, warm_up=3, lr_steps=500)
+    hooks = (PLAIN, "int8", "int4")
+    found = measure(bar, job, Place(2), [("paracomm", hook) for hook in hooks], "500 steps of the main job's model")
+    plain = found.get(("paracomm", PLAIN))
+    for hook in hooks[1:]:
+        other = found.get(("paracomm", hook))
+        apart = None
+        if plain is not None and other is not None and plain.final_loss and other.final_loss:
+            apart = 100 * abs(other.final_loss / plain.final_loss - 1)
+        bar.hold(f"{hook}: final loss apart from plain's", apart, 0.5, at_least=False, unit="%")
+
+
+BARS = {"links": links, "loss": loss, "hierarchy": hierarchy}
+
+
+def main(names: Annotated[list[str], typer.Argument(help=f"{', '.join(BARS)}, or all")]) -> None:
+    """Measure bars. The status is 1 where one is short."""
+    wanted = list(BARS) if names == ["all"] else names
+    unknown = [name for name in wanted if name not in BARS]
+    if unknown:
+        raise typer.BadParameter(f"no bar '{unknown[0]}'; there are {', '.join(BARS)}")
+    short = 0
+    for name in wanted:
+        bar = Bar(f"hooks-{name}")
+        typer.echo(f"{name}: {BARS[name].__doc__}")
+        try:
+            BARS[name](bar)
+        finally:
+            bar.save()
+        short += bar.short
+    typer.echo(f"{short} short" if short else "all bars hold")
+    raise typer.Exit(1 if short else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
