@@ -53,7 +53,8 @@ class Bar:
         report.append_json(HERE / "results" / f"{self.name}.jsonl", (about | record for record in self.records))
 
 
-Figures = dict[tuple[str, int], float]
+Figures = dict[tuple[str, int], list[float]]
+"""Seconds by label and size: the p50 of every round."""
 
 
 def start_all(place: Place, names: Sequence[str]) -> list[Runner]:
@@ -68,7 +69,7 @@ def start_all(place: Place, names: Sequence[str]) -> list[Runner]:
 
 
 def measure(runners: Sequence[Runner], sizes: Sequence[int], ranks: int, effort: Effort, bar: Bar) -> Figures:
-    """Seconds (p50) of the in-place float32 sum for every label and size."""
+    """Of the in-place float32 sum, for every label and size."""
     contest = Contest(runners, effort)
     figures: Figures = {}
     for nbytes in sizes:
@@ -77,7 +78,7 @@ def measure(runners: Sequence[Runner], sizes: Sequence[int], ranks: int, effort:
         for cell in cells:
             _, sample = cell.samples[True]
             if sample.p50s and not sample.wrong:
-                figures[cell.runner.label, nbytes] = sample.p50
+                figures[cell.runner.label, nbytes] = sample.p50s
                 row.append(f"{cell.runner.label} {report.number(sample.p50 * 1e6)}")
             elif sample.wrong:
                 row.append(f"{cell.runner.label} WRONG")
@@ -89,14 +90,29 @@ def measure(runners: Sequence[Runner], sizes: Sequence[int], ranks: int, effort:
 
 
 def ratio(figures: Figures, over: str, under: str, nbytes: int) -> float | None:
-    """Time of `over` / time of `under`; `mpi`: the fastest MPI."""
-    top, bottom = best(figures, over, nbytes), best(figures, under, nbytes)
-    return top / bottom if top and bottom else None
+    """Time of `over` / time of `under`; `mpi`: the fastest MPI.
+
+    The median of the rounds' ratios: within a round the contenders run one after the other, between rounds the host may
+    have moved the cores to other caches.
+    """
+    top, bottom = rounds_of(figures, over, nbytes), rounds_of(figures, under, nbytes)
+    if not top or not bottom:
+        return None
+    if len(top) != len(bottom):
+        return statistics.median(top) / statistics.median(bottom)
+    return statistics.median(t / b for t, b in zip(top, bottom, strict=True))
 
 
-def best(figures: Figures, label: str, nbytes: int) -> float | None:
+def rounds_of(figures: Figures, label: str, nbytes: int) -> list[float] | None:
     labels = tuple(MPIS) if label == "mpi" else (label,)
-    return min((figures[name, nbytes] for name in labels if (name, nbytes) in figures), default=None)
+    return min(
+        (figures[name, nbytes] for name in labels if (name, nbytes) in figures), key=statistics.median, default=None
+    )
+
+
+def p50(figures: Figures, label: str, nbytes: int) -> float | None:
+    rounds = rounds_of(figures, label, nbytes)
+    return statistics.median(rounds) if rounds else None
 
 
 @contextlib.contextmanager
@@ -157,7 +173,7 @@ def latency(bar: Bar, effort: Effort) -> None:
         bar.hold(f"native time over IMB-MPI1's {at}", ratio(f, "native private", "imb", nbytes), 1.2, at_least=False)
         numpy_ratio = ratio(f, "paracomm private", "mpi", nbytes)
         bar.hold(f"NumPy array: time over mpi4py's {at}", numpy_ratio, 1.0, at_least=False)
-        on_tensor = best(f, "paracomm torch", nbytes)
+        on_tensor = p50(f, "paracomm torch", nbytes)
         bar.hold(f"torch tensor: time {at}", on_tensor and on_tensor * 1e6, 3.0, at_least=False, unit="us")
 
 
@@ -224,7 +240,7 @@ def tcp_hosts(bar: Bar, effort: Effort) -> None:
             runners += start_all(place, ["gloo"])
             f = measure(runners, [MI, 16 * MI, nbytes], 4, effort, bar)
         streams.append(iperf3())
-    case, ours = Case("all_reduce", nbytes, "float32", "sum", 0, True, 4), best(f, "paracomm private", nbytes)
+    case, ours = Case("all_reduce", nbytes, "float32", "sum", 0, True, 4), p50(f, "paracomm private", nbytes)
     typer.echo(f"  iperf3: {streams[0] / 1e9:.4f} and {streams[1] / 1e9:.4f} GB/s")
     busbw = ours and case.bus_factor * nbytes / ours
     bar.hold("bus bandwidth over iperf3's, 64 MiB", busbw and busbw / statistics.mean(streams), 0.95)

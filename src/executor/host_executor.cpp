@@ -1,6 +1,5 @@
 #include "executor/host_executor.h"
 
-#include <sched.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -265,6 +264,11 @@ std::invoke_result_t<Attempt&> HostExecutor::until(const Job& job, const Instruc
 template <class Attempt>
 std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const Instruction& instruction,
                                                         const char* what, int peer, Attempt attempt) {
+  // Short waits are not worth a look at the clock, which takes as long as a message does.
+  for (int look = 0; look < patience_.spins; ++look) {
+    pause_cpu();
+    if (auto result = attempt()) return result;
+  }
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
   auto tell = start + kStuck, farewell = Clock::time_point::max();
@@ -279,16 +283,16 @@ std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const In
     for (Endpoint* other : distinct_) queued |= other->progress();
     return queued;
   };
-  for (int64_t look = 0;; ++look) {
+  for (int64_t look = 1;; ++look) {
     const bool left = interruption_.left[static_cast<size_t>(peer)].load(std::memory_order_acquire);
     if (auto result = attempt()) return done(result);
     if (interruption_.stop.load(std::memory_order_acquire)) throw Interrupted{};
     if (look < patience_.looks) {
-      if (look < patience_.spins || look % patience_.yield_every != 0) {
+      if (look % patience_.yield_every != 0) {
         pause_cpu();
       } else {
         progress();
-        sched_yield();
+        endpoint.yield(peer);
       }
     } else {
       if (left && farewell == Clock::time_point::max()) farewell = Clock::now() + kFarewell;

@@ -59,7 +59,7 @@ class HostExecutor {
   /// Throws Error (timeout, mismatch, peer_lost) naming operation, rank, host and place; Interrupted.
   void run(const Job& job);
 
-  /// Seconds that `run` spent waiting for peers, since the start.
+  /// Seconds that `run` spent waiting for peers, since the start; waits of a few microseconds are not counted.
   double seconds_waiting() const noexcept {
     return static_cast<double>(waited_ns_.load(std::memory_order_relaxed)) * 1e-9;
   }

@@ -2,6 +2,7 @@
 
 #include <linux/futex.h>
 #include <linux/membarrier.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -40,7 +41,8 @@ static_assert(sizeof(MemorySlot) == 64);
 struct alignas(kSpacing) MemoryHeader {
   std::atomic<uint32_t> doorbell;
   std::atomic<uint32_t> sleeping;
-  uint32_t asymmetric;  // the owner orders its sleeping flag before its last look by membarrier
+  uint32_t asymmetric;                        // the owner orders its sleeping flag before its last look by membarrier
+  alignas(64) std::atomic<uint64_t> yielded;  // count * 2^32 + core
 };
 struct alignas(kSpacing) MemoryCounter {
   std::atomic<uint64_t> value;
@@ -55,6 +57,8 @@ constexpr int kPaces = 6;
 constexpr uint64_t kProbeEvery = 24;
 constexpr double kSlowPace = 3.0;  // bytes per nanosecond: 2.5 where caches are apart; elsewhere 4 and more, even into
                                    // lines that were just streamed
+
+constexpr auto kSettle = std::chrono::milliseconds(20);
 
 constexpr uint64_t kNowhere = ~uint64_t{0};
 
@@ -317,6 +321,30 @@ void MemoryEndpoint::begin(const std::byte* output) {
 }
 
 std::byte* MemoryEndpoint::peer_output(int peer) { return link(peer).output; }
+
+// Two ranks that wait for each other on one core answer ten times more slowly than on two, and each looks so busy that
+// the system takes a quarter of a second to part them. When the peer handed on this very core while we had handed it
+// on, the one of higher rank moves away. Only then: a peer that computes is left alone.
+void MemoryEndpoint::yield(int peer) {
+  const auto core = static_cast<uint32_t>(sched_getcpu());
+  const std::atomic<uint64_t>& theirs = link(peer).peer.segment->header().yielded;
+  const uint64_t before = theirs.load(std::memory_order_relaxed);
+  own_.segment->header().yielded.store(uint64_t{++yields_} << 32 | core, std::memory_order_relaxed);
+  sched_yield();
+  const uint64_t after = theirs.load(std::memory_order_relaxed);
+  if (after != before && static_cast<uint32_t>(after) == core && peer < own_.rank) leave_core(core);
+}
+
+void MemoryEndpoint::leave_core(uint32_t core) noexcept {
+  const auto now = std::chrono::steady_clock::now();
+  cpu_set_t all;
+  if (now < settled_ || core >= CPU_SETSIZE || sched_getaffinity(0, sizeof all, &all) != 0) return;
+  settled_ = now + kSettle;
+  if (CPU_COUNT(&all) <= static_cast<int>(links_.size())) return;  // a core for every rank, or none is better than this
+  cpu_set_t others = all;
+  CPU_CLR(core, &others);
+  if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof all, &all);
+}
 
 void MemoryEndpoint::wait(int peer, std::chrono::microseconds at_most) {
   (void)peer;

@@ -2,6 +2,7 @@
 //
 // Each rank owns a segment that its local peers map:
 //   doorbell      where the owner sleeps
+//   yielded       on which core the owner last handed it on while it waited, and how often it did
 //   consumed[p]   how many messages from local peer p the owner has released (written by the owner, read by p)
 //   queue[p]      messages from the owner to p: a ring of one-line descriptors, the flag and a short payload in the
 //   same line staging       a ring of bytes; one staged copy serves all its readers
@@ -85,6 +86,7 @@ class MemoryEndpoint final : public Endpoint {
   void begin(const std::byte* output) override;
   std::byte* peer_output(int peer) override;
   bool progress() override { return false; }
+  void yield(int peer) override;
   void wait(int peer, std::chrono::microseconds at_most) override;
   void interrupt() noexcept override;
   uint64_t bytes_sent(int peer) const override;
@@ -119,6 +121,7 @@ class MemoryEndpoint final : public Endpoint {
   }
   std::byte* reserve(Ring& ring, size_t nbytes);
   void reclaim(Ring& ring) noexcept;
+  void leave_core(uint32_t core) noexcept;
   void ring(const Link& link) noexcept;
   uint64_t reference(const std::byte* data) const noexcept;
 
@@ -138,6 +141,8 @@ class MemoryEndpoint final : public Endpoint {
   int paces_ = 0;
   uint64_t long_messages_ = 0;
   std::atomic<bool> interrupted_{false};
+  uint32_t yields_ = 0;
+  std::chrono::steady_clock::time_point settled_{};  ///< when this rank may move to another core again
 };
 
 }  // namespace paracomm

@@ -7,6 +7,8 @@
 // from another.
 #pragma once
 
+#include <sched.h>
+
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -61,6 +63,8 @@ class Endpoint {
   virtual std::byte* peer_output(int /*peer*/) { return nullptr; }
 
   // --- waiting ---
+  /// Hands the core to whoever is queued behind this thread, which may be `peer`.
+  virtual void yield(int /*peer*/) { sched_yield(); }
   /// Moves queued bytes along without blocking. False: nothing is queued, so that no peer depends on further calls.
   virtual bool progress() = 0;
   /// Blocks until something may have changed between this rank and `peer`, `interrupt()` is called, or `at_most` has

@@ -1,8 +1,10 @@
 // The shared-memory transport between threads, between mappings in one process, and between processes.
 #include "transport/memory.h"
 
+#include <sched.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -354,6 +356,30 @@ void test_interrupt() {
   sleeper.join();
 }
 
+/// Two ranks wait on one core, of which one may use others: it leaves, and may use as many as before.
+void test_waiting_ranks_part() {
+  cpu_set_t all, one;
+  CHECK(sched_getaffinity(0, sizeof all, &all) == 0);
+  if (CPU_COUNT(&all) < 2) return;
+  const int core = sched_getcpu();
+  CPU_ZERO(&one);
+  CPU_SET(core, &one);
+  CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+  const Endpoints world = make_world(2, true);
+  std::atomic<bool> parted{false};
+  std::thread higher([&] {
+    CHECK(sched_setaffinity(0, sizeof all, &all) == 0);
+    while (sched_getcpu() == core) world[1]->yield(0);
+    cpu_set_t now;
+    CHECK(sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&now, &all));
+    parted = true;
+  });
+  while (!parted) world[0]->yield(1);
+  higher.join();
+  CHECK_EQ(sched_getcpu(), core);
+  CHECK(sched_setaffinity(0, sizeof all, &all) == 0);
+}
+
 }  // namespace
 
 int main() {
@@ -371,4 +397,5 @@ int main() {
   test_mismatch();
   test_segment_of_another_size();
   test_interrupt();
+  test_waiting_ranks_part();
 }
