@@ -129,10 +129,11 @@ class ProcessGroup(dist.ProcessGroup):
 
     # --- how a call runs ---
     def _run(
-        self, opts: Any, value: list[Tensor], call: Callable[..., Any], *args: Any,
+        self, opts: Any, value: list[Any], call: Callable[..., Any], *args: Any,
         finish: Callable[[], None] | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """`call` of the communicator as `opts` say: at once, or as a Work whose future holds `value`."""
+        """`call` of the communicator as `opts` say: at once, or as a Work whose future holds `value`, the outputs as
+        they were given: all_gather's is a list of lists, which torch's quantisation hooks take apart."""
         timeout_s = self._limit(opts)
         if not getattr(opts, "asyncOp", True):
             call(*args, timeout_s=timeout_s, **kwargs)
@@ -190,8 +191,8 @@ class ProcessGroup(dist.ProcessGroup):
         target, copied = room(outs)
         finish = (lambda: unpack(target, outs)) if copied else None
         if len(set(rows)) == 1 and rows[0] == source.numel():
-            return self._run(opts, list(outputs[0]), self.comm.all_gather, source, out=target, finish=finish)
-        return self._run(opts, list(outputs[0]), self.comm.all_gather_v, flat(source), out=target, rows=rows,
+            return self._run(opts, list(outputs), self.comm.all_gather, source, out=target, finish=finish)
+        return self._run(opts, list(outputs), self.comm.all_gather_v, flat(source), out=target, rows=rows,
                          finish=finish)  # fmt: skip
 
     @named("all_gather_single", inputs=1)

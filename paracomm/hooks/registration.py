@@ -45,16 +45,19 @@ def register(model: nn.Module, hook: Hook, state: Any = None) -> None:
 
 
 def plain_function(hook: Hook, wire: Wire | None = None) -> Hook:
-    """A function that DDP takes for `hook`. What it raises aborts `wire` first."""
+    """A function that DDP takes for `hook`. What the hook or its future raises aborts `wire` first."""
 
-    in_order = one_at_a_time(hook)
+    def failed(error: BaseException) -> None:
+        if wire is not None:
+            wire.abort(f"a gradient hook raised {type(error).__name__}: {error}")
+
+    in_order = one_at_a_time(hook, failed)
 
     def registered_hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP accepts no string annotation
         try:
             return in_order(state, bucket)
         except BaseException as error:
-            if wire is not None:
-                wire.abort(f"a gradient hook raised {type(error).__name__}: {error}")
+            failed(error)
             raise
 
     registered_hook.__qualname__ = describe(hook)

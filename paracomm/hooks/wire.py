@@ -2,11 +2,11 @@
 
 A hook is written once, against `Wire`:
 
-    | where the ranks meet                        | wire        |
-    |---------------------------------------------|-------------|
-    | a torch process group (Gloo, NCCL, MPI, ...) | GroupWire   |
-    | a paracomm.Communicator                     | CommWire    |
-    | an mpi4py communicator                      | MpiWire     |
+    | where the ranks meet                                            | wire      |
+    |-----------------------------------------------------------------|-----------|
+    | a torch process group (Gloo, NCCL, MPI, ...)                     | GroupWire |
+    | a paracomm.Communicator, a process group of the backend paracomm | CommWire  |
+    | an mpi4py communicator                                          | MpiWire   |
 
 Every call starts an operation on whole, contiguous tensors and returns at once with something to wait for. All ranks
 make the same calls on one wire in the same order. A hook that has a second message to send once the first arrived sends
@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _world
 
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
@@ -93,9 +94,12 @@ def wire_of(where: Any) -> Wire:
     """
     if isinstance(where, Wire):
         return where
-    if isinstance(where, Communicator):
-        return CommWire(where)
-    if where is None or isinstance(where, dist.ProcessGroup):
+    if where is None:
+        where = default_group()
+    comm = getattr(where, "comm", where)  # a process group of our backend has one
+    if isinstance(comm, Communicator):
+        return CommWire(comm)
+    if isinstance(where, dist.ProcessGroup):
         return GroupWire(where)
     if hasattr(where, "Iallreduce") and hasattr(where, "Get_rank"):
         from paracomm.hooks.mpi import MpiWire
@@ -104,6 +108,17 @@ def wire_of(where: Any) -> Wire:
     raise InvalidArgument(
         f"hooks run over a torch process group, a paracomm.Communicator or an mpi4py communicator, not {type(where)}"
     )
+
+
+def default_group() -> dist.ProcessGroup:
+    """torch's default process group. Raises InvalidArgument where there is none."""
+    if not dist.is_initialized():
+        raise InvalidArgument(
+            "no process group: call torch.distributed.init_process_group() first, or give the hook's state a "
+            "process group or a paracomm.Communicator"
+        )
+    group: dist.ProcessGroup = _present(dist.group.WORLD)
+    return group
 
 
 class CommWire(Wire):
@@ -153,14 +168,7 @@ class CommWire(Wire):
 class GroupWire(Wire):
     """Over a torch process group, by the public functions of torch.distributed."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, key: tuple[Any, ...] | None = None) -> None:
-        if group is None:
-            if not dist.is_initialized():
-                raise InvalidArgument(
-                    "no process group: call torch.distributed.init_process_group() first, or give the hook's state a "
-                    "process group or a paracomm.Communicator"
-                )
-            group = _present(dist.group.WORLD)
+    def __init__(self, group: dist.ProcessGroup, key: tuple[Any, ...] | None = None) -> None:
         self.group = group
         self.rank, self.world_size = group.rank(), group.size()
         self._key = key
@@ -182,23 +190,30 @@ class GroupWire(Wire):
         return _present(dist.all_to_all_single(out, x, group=self.group, async_op=True))
 
     def twin(self) -> GroupWire:
-        return self._over(dist.get_process_group_ranks(self.group))
+        return _present(self.split(0))
 
     def split(self, color: int | None) -> GroupWire | None:
+        everybodys = self._gathered((color, len(_world.pg_names)))
         ranks = dist.get_process_group_ranks(self.group)
-        mine = [rank for rank, theirs in zip(ranks, self._gathered(color), strict=True) if theirs == color]
-        return None if color is None else self._over(mine)
+        members = [rank for rank, (theirs, _) in zip(ranks, everybodys, strict=True) if theirs == color]
+        if dist.get_backend(self.group) == "mpi" and members != ranks:
+            raise InvalidArgument("torch's MPI splits no group: give the parts as groups, or an mpi4py communicator")
+        known = max(groups for theirs, groups in everybodys if theirs == color)
+        return None if color is None else self._over(members, known)
 
-    def _over(self, ranks: list[int]) -> GroupWire:
+    def _over(self, ranks: list[int], known: int) -> GroupWire:
+        """A group of `ranks`, each of which calls this; none of them knows more than `known` groups so far."""
         backend = dist.get_backend(self.group)
         key = (dist.group.WORLD, backend, *ranks)
         idle = _idle.get(key, [])
         if idle:
             return GroupWire(idle.pop(0), key)
         # Only the members take part, so that hooks of a subgroup need nobody else. MPI groups need everybody.
-        group = dist.new_group(
-            ranks, timeout=self._timeout(), backend=backend, use_local_synchronization=backend != "mpi"
-        )
+        local = backend != "mpi"
+        # torch names a local group after its ranks and how many groups this process knows: all must know as many.
+        while local and len(_world.pg_names) < known:
+            dist.new_group([dist.get_rank()], backend=backend, use_local_synchronization=True)
+        group = dist.new_group(ranks, timeout=self._timeout(), backend=backend, use_local_synchronization=local)
         return GroupWire(group, key)
 
     def _timeout(self) -> timedelta | None:
@@ -223,12 +238,6 @@ class GroupWire(Wire):
             self.group.abort()
         except Exception:  # what it does is the backend's own, and some have no such thing
             return
-
-    def bytes_sent(self) -> int | None:
-        counted = getattr(self.group, "bytes_sent", None)
-        if counted is None:
-            return None
-        return sum(int(counted(peer)) for peer in range(self.world_size) if peer != self.rank)
 
     def close(self) -> None:
         if self._key is not None:

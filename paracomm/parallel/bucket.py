@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import Error, InvalidArgument
-from paracomm.hooks.lane import keeps_order, one_at_a_time
+from paracomm.hooks.lane import keeps_order, one_at_a_time, raised_by
 
 MIB = 1 << 20
 LOOK_EVERY_S = 0.1
@@ -232,8 +232,8 @@ class Reducer:
                 _wait_while_ranks_live(work, self.comm)
             result = work.wait()
         except BaseException as error:
-            # A torch Future keeps the text of an error only; a state of ours keeps the error.
-            cause = getattr(self._state, "failure", None) or error
+            # A torch Future keeps the text of an error only; its lane and a state of ours keep the error.
+            cause = raised_by(work) or getattr(self._state, "failure", None) or error
             self._tell_everyone(bucket, cause)
             raise cause from (error if cause is not error else None)
         result = result[0] if isinstance(result, (list, tuple)) else result
