@@ -31,7 +31,7 @@ class Work(dist.Work):
     def __init__(
         self,
         parts: Sequence[Any],
-        value: list[Any],
+        value: list[torch.Tensor],
         finish: Callable[[], None] | None = None,
         publisher: Publisher | None = None,
         overlaps: bool = False,
@@ -57,7 +57,7 @@ class Work(dist.Work):
         return True
 
     def get_future(self) -> Any:
-        """A torch.futures.Future of the output tensors, listed as the call gave them.
+        """A torch.futures.Future of the tensors.
 
         That of a collective is complete: this waits, and raises what the operation failed with. Callbacks then run in
         the caller's thread, in the program's order, so that collectives which they start (as PowerSGD's do) come in
@@ -96,7 +96,7 @@ class Work(dist.Work):
             self._settle(None)
         return self._error
 
-    def result(self) -> list[Any]:
+    def result(self) -> list[torch.Tensor]:
         self.wait()
         return self._value
 
@@ -128,7 +128,7 @@ class Work(dist.Work):
         finally:
             self._waiting.release()
 
-    def _outcome(self, _: Any) -> list[Any]:
+    def _outcome(self, _: Any) -> list[torch.Tensor]:
         if self._error is not None:
             raise self._error
         return self._value

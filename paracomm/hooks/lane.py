@@ -6,11 +6,12 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+LOOK_EVERY_S = 0.1
 
 
 class Lane:
@@ -72,17 +73,31 @@ def raised_by(future: Any) -> BaseException | None:
     return raised[0] if raised else None
 
 
+class Ranks(Protocol):
+    """A communicator or a wire, as what watches over a hook knows it."""
+
+    def check(self) -> None: ...
+    def abort(self, why: str) -> None: ...
+
+
+def wait_while_well(future: Any, ranks: Ranks) -> None:
+    """Returns when the future is done. Raises if the ranks fail meanwhile: it may be that of an engine of torch's which
+    does not learn that a rank gave up."""
+    done = threading.Event()
+    future.then(lambda _: done.set())
+    while not done.wait(LOOK_EVERY_S):
+        ranks.check()
+
+
 def keeps_order(hook: Function) -> Function:
     """Marks a hook that starts the same operations in the same order on every rank, whenever they finish."""
     hook.keeps_order = True  # type: ignore[attr-defined]
     return hook
 
 
-def one_at_a_time(
-    hook: Callable[[Any, Any], Any], failed: Callable[[BaseException], None] | None = None
-) -> Callable[[Any, Any], Any]:
+def one_at_a_time(hook: Callable[[Any, Any], Any], ranks: Ranks | None = None) -> Callable[[Any, Any], Any]:
     """`hook`, called for a bucket only when its future for the bucket before is done; itself if it keeps order.
-    `failed` is called on the thread with what the hook or its future raised.
+    What the hook or its future raises on the thread ends the communication of `ranks`, and theirs ends the waiting.
 
     A hook that sends a second message once the first arrived, as torch's PowerSGD and quantisation do, starts it at
     another moment on every rank. With several buckets under way the ranks then start different operations next to each
@@ -99,11 +114,19 @@ def one_at_a_time(
 
     def finished(state: Any, bucket: Any) -> Any:
         try:
-            return hook(state, bucket).wait()
+            future = hook(state, bucket)
+            if ranks is not None:
+                wait_while_well(future, ranks)
+            return future.wait()
         except BaseException as error:
-            if failed is not None:
-                failed(error)
+            if ranks is not None:
+                ranks.abort(because_of(error))
             raise
 
     in_turn.lane = lane  # type: ignore[attr-defined]  # for whoever wants to end it
     return keeps_order(in_turn)
+
+
+def because_of(error: BaseException) -> str:
+    """Why a rank gives up whose hook raised."""
+    return f"a gradient hook raised {type(error).__name__}: {error}"

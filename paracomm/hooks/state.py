@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import InvalidArgument
-from paracomm.hooks.lane import Function, Lane, keeps_order
+from paracomm.hooks.lane import Function, Lane, because_of, keeps_order
 from paracomm.hooks.wire import Wire, default_group, wire_of
 
 Finish = Callable[[], Tensor]
@@ -191,7 +191,7 @@ class HookState(ABC):
         """Gives up on every rank, with this cause."""
         if self.failure is None:
             self.failure = error
-            self.abort(f"a gradient hook raised {type(error).__name__}: {error}")
+            self.abort(because_of(error))
 
     def abort(self, why: str) -> None:
         """Ends the communication of all ranks."""

@@ -25,10 +25,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _world
+from torch.distributed.distributed_c10d import _get_process_group_store, _world
 
 from paracomm.comm import Communicator
-from paracomm.errors import InvalidArgument
+from paracomm.errors import Error, InvalidArgument
+from paracomm.hooks.lane import wait_while_well
 
 
 class Pending(Protocol):
@@ -78,6 +79,9 @@ class Wire(ABC):
     @abstractmethod
     def abort(self, why: str) -> None:
         """Gives up: whoever waits here or on another rank raises. Never raises itself."""
+
+    def check(self) -> None:  # noqa: B027 - an engine may know nothing
+        """Raises if a rank gave up, where the engine tells."""
 
     def bytes_sent(self) -> int | None:
         """Payload bytes that this rank has sent to others on this wire; None where the engine does not count."""
@@ -157,12 +161,28 @@ class CommWire(Wire):
     def abort(self, why: str) -> None:
         self.comm.abort(why)
 
-    def bytes_sent(self) -> int | None:
+    def check(self) -> None:
+        self.comm.check()
+
+    def bytes_sent(self) -> int:
         return sum(self.comm.bytes_sent(peer) for peer in range(self.world_size) if peer != self.rank)
 
     def close(self) -> None:
         if self._owned:
             self.comm.close()
+
+
+GAVE_UP = "paracomm/hooks/gave up"
+"""In a group's store: why a rank did."""
+
+
+class _Watched:
+    def __init__(self, work: Any, wire: Wire) -> None:
+        self._work, self._wire = work, wire
+
+    def wait(self) -> None:
+        wait_while_well(self._work.get_future(), self._wire)
+        self._work.wait()
 
 
 class GroupWire(Wire):
@@ -172,22 +192,31 @@ class GroupWire(Wire):
         self.group = group
         self.rank, self.world_size = group.rank(), group.size()
         self._key = key
+        # MPI has none.
+        self._store = None if dist.get_backend(group) == "mpi" else _get_process_group_store(group)
 
     def average(self, x: Tensor) -> Pending:
         x.div_(self.world_size)
-        return _present(dist.all_reduce(x, group=self.group, async_op=True))
+        return self._watched(x, dist.all_reduce(x, group=self.group, async_op=True))
 
     def reduce(self, x: Tensor, root: int) -> Pending:
-        return _present(dist.reduce(x, dist.get_global_rank(self.group, root), group=self.group, async_op=True))
+        return self._watched(x, dist.reduce(x, self._global(root), group=self.group, async_op=True))
 
     def broadcast(self, x: Tensor, root: int) -> Pending:
-        return _present(dist.broadcast(x, dist.get_global_rank(self.group, root), group=self.group, async_op=True))
+        return self._watched(x, dist.broadcast(x, self._global(root), group=self.group, async_op=True))
 
     def all_gather(self, out: Tensor, x: Tensor) -> Pending:
-        return _present(dist.all_gather_into_tensor(out, x, group=self.group, async_op=True))
+        return self._watched(x, dist.all_gather_into_tensor(out, x, group=self.group, async_op=True))
 
     def all_to_all(self, out: Tensor, x: Tensor) -> Pending:
-        return _present(dist.all_to_all_single(out, x, group=self.group, async_op=True))
+        return self._watched(x, dist.all_to_all_single(out, x, group=self.group, async_op=True))
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank)
+
+    def _watched(self, x: Tensor, work: Any) -> Pending:
+        """Gloo has no abort: whoever waits looks now and then whether a rank gave up."""
+        return _Watched(_present(work), self) if x.device.type == "cpu" else _present(work)
 
     def twin(self) -> GroupWire:
         return _present(self.split(0))
@@ -235,9 +264,15 @@ class GroupWire(Wire):
     def abort(self, why: str) -> None:
         self._key = None
         try:
+            if self._store is not None:
+                self._store.set(GAVE_UP, f"rank {self.rank}: {why}")
             self.group.abort()
         except Exception:  # what it does is the backend's own, and some have no such thing
             return
+
+    def check(self) -> None:
+        if self._store is not None and self._store.check([GAVE_UP]):
+            raise Error(self._store.get(GAVE_UP).decode())
 
     def close(self) -> None:
         if self._key is not None:
