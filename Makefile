@@ -22,7 +22,7 @@ FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 native_sources := CMakeLists.txt setup.py pyproject.toml paracomm/version.py \
   $(shell find src csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.map' \) 2>/dev/null)
 cpp_files = $(shell find src csrc tests/cpp bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
-python_files := paracomm tests bench setup.py
+python_files := paracomm tests bench examples setup.py
 
 .PHONY: help build train test test-cpp test-python slow bench wheel sanitize lint format clean
 help:

@@ -3,9 +3,10 @@
 links      needs root and iproute2: hosts are network namespaces (hosts.sh) on links of 1 Gbit/s.
 loss       500 steps of the train command's model with its defaults, on 2 ranks of this host.
 hierarchy  needs root; its MPI leg needs `paracomm bench --install-peers`.
+hooks      needs root; no bar: every hook of ours on the job of `links`, for the README.
 
-A bar prints PASS or SHORT with its figure, and JSON lines go to bench/results/. In-text: how communication-bound a job
-is follows from its own step without communication, which is measured beside it.
+A bar prints PASS or SHORT with its figure, and JSON lines go to bench/results/. How communication-bound a job is
+follows from its own step without communication, which is measured beside it.
 """
 
 from __future__ import annotations
@@ -42,14 +43,19 @@ def over(found: dict[tuple[str, str], Outcome], engine: str, hook: str, what: st
     return float(getattr(plain, what) / getattr(other, what))
 
 
+def on_links(ranks: int) -> Job:
+    """GPT of 13 M parameters, one sequence of 16 bytes a rank: a step is communication for the most part."""
+    return Job(width=512, depth=4, heads=8, context=16, batch=ranks, steps=8, warm_up=2, bucket_mib=4)
+
+
 def links(bar: Bar) -> None:
     """GPT of 13 M parameters, sequences of 16 bytes, 2 and 4 hosts of 1 rank, links of 1 Gbit/s."""
     for ranks in (2, 4):
-        job = Job(width=512, depth=4, heads=8, context=16, batch=ranks, steps=8, warm_up=2, bucket_mib=4)
         names = [("paracomm", hook) for hook in (PLAIN, "int8", "int4")]
         names += [("gloo", hook) for hook in (PLAIN, "int8")]
         with hosts(ranks, "1gbit"):
-            found = measure(bar, job, Place(ranks, tuple(range(ranks))), names, f"{ranks} hosts, 1 Gbit/s")
+            place = Place(ranks, tuple(range(ranks)))
+            found = measure(bar, on_links(ranks), place, names, f"{ranks} hosts, 1 Gbit/s")
         plain = found.get(("paracomm", PLAIN))
         if plain is not None:
             share = plain.exposed_s / plain.step_s
@@ -61,13 +67,23 @@ def links(bar: Bar) -> None:
         bar.hold(f"int4: fewer bytes, paracomm, {ranks} hosts", over(found, "paracomm", "int4", "bytes_per_step"), 6.5)
 
 
+COMPRESSING = ("fp16", "bf16", "int8", "int4", "topk", "powersgd", "batched_powersgd")
+
+
+def every_hook(bar: Bar) -> None:
+    """Every compressing hook of ours on the job of `links`, 2 hosts of 1 rank, links of 1 Gbit/s."""
+    with hosts(2, "1gbit"):
+        names = [("paracomm", hook) for hook in (PLAIN, *COMPRESSING)]
+        measure(bar, on_links(2), Place(2, (0, 1)), names, "2 hosts, 1 Gbit/s")
+
+
 def loss(bar: Bar) -> None:
     """The train command's default model, text and optimizer, 500 steps, 2 ranks: the loss of the last 50."""
     job = Job(steps=497, warm_up=3, lr_steps=500)
-    hooks = (PLAIN, "int8", "int4")
-    found = measure(bar, job, Place(2), [("paracomm", hook) for hook in hooks], "500 steps of the main job's model")
+    names = [("paracomm", hook) for hook in (PLAIN, *COMPRESSING)]
+    found = measure(bar, job, Place(2), names, "500 steps of the main job's model")
     plain = found.get(("paracomm", PLAIN))
-    for hook in hooks[1:]:
+    for hook in COMPRESSING:
         other = found.get(("paracomm", hook))
         apart = None
         if plain is not None and other is not None and plain.final_loss and other.final_loss:
@@ -75,7 +91,7 @@ def loss(bar: Bar) -> None:
         bar.hold(f"{hook}: final loss apart from plain's", apart, 0.5, at_least=False, unit="%")
 
 
-BARS = {"links": links, "loss": loss, "hierarchy": hierarchy}
+BARS = {"links": links, "loss": loss, "hierarchy": hierarchy, "hooks": every_hook}
 
 
 def main(names: Annotated[list[str], typer.Argument(help=f"{', '.join(BARS)}, or all")]) -> None:

@@ -1,8 +1,8 @@
 """The two-level hook on 2 emulated hosts of 2 ranks: ours inside a host, Gloo or MPI between hosts.
 
 The result must be the mean, and the bytes that leave a host those of the formula: S x 2 (h-1)/h for float32 between h
-hosts, and that x (bits/8 + 4/block) / 4 for blocks. What leaves a host is counted by its interface: payload, headers and
-acknowledgements.
+hosts, and that x (bits/8 + 4/block) / 4 for blocks. What leaves a host is counted by its interface: payload, headers
+and acknowledgements.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from bars import Bar, hosts
 
 from paracomm.cli.contest.launch import ContenderError, Place
 from paracomm.cli.contest.peers import installed, mpi_start
-from paracomm.cli.ddp.case import Arrangement
 
 RANKS, HOSTS = 4, (0, 0, 1, 1)
 COUNT = 4 << 20
@@ -34,11 +33,6 @@ def expected_bytes(hook: str) -> float:
     """Payload that one of two hosts sends for one bucket."""
     plain = COUNT * 4 * 2 * (2 - 1) / 2
     return plain if hook == "hierarchical" else plain * (1 + 4 / 256) / 4
-
-
-def tx_bytes(host: int) -> int:
-    command = ["ip", "netns", "exec", f"pc{host}", "cat", f"/sys/class/net/v{host}/statistics/tx_bytes"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def run_ranks(leg: str, hook: str) -> list[dict]:
@@ -99,6 +93,4 @@ def hierarchy(bar: Bar) -> None:
                 )
                 share = sent / ROUNDS / expected_bytes(hook) if sent else None
                 bar.hold(f"{leg}, {hook}: bytes that leave host {host}, over the formula's", share, HEADERS, False)
-    typer.echo(
-        f"  counted by the hosts' interfaces, headers included; {Arrangement.__name__.lower()}s: {ROUNDS} buckets"
-    )
+    typer.echo("  counted by the hosts' interfaces, headers included")

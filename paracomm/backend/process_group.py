@@ -19,7 +19,7 @@ from torch.autograd import _profiler_enabled
 from paracomm.backend import sparse
 from paracomm.backend.monitor import monitored_barrier
 from paracomm.backend.point_to_point import PointToPoint
-from paracomm.backend.tensors import flat, movable, pack, reducible, room, unpack
+from paracomm.backend.tensors import flat, movable, pack, reducible, restored, room, unpack
 from paracomm.backend.trace import named
 from paracomm.backend.work import COMPLETED, Publisher, Work, seconds
 from paracomm.comm import Communicator
@@ -182,6 +182,8 @@ class ProcessGroup(dist.ProcessGroup):
 
     @named("all_gather", inputs=1)
     def allgather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> Any:
+        """The future is NCCL's, which torch's quantisation hooks take apart: [all outputs, one after the other]; where
+        they differ in size, a list of them."""
         source = movable(inputs[0].detach())
         outs = [movable(out.detach()) for out in outputs[0]]
         _need(len(outs) == self.comm.world_size, "all_gather", f"{len(outs)} outputs for {self.comm.world_size} ranks")
@@ -190,7 +192,8 @@ class ProcessGroup(dist.ProcessGroup):
         target, copied = room(outs)
         finish = (lambda: unpack(target, outs)) if copied else None
         if len(set(rows)) == 1 and rows[0] == source.numel():
-            return self._run(opts, list(outputs[0]), self.comm.all_gather, source, out=target, finish=finish)
+            value = [restored(target, outputs[0])] if getattr(opts, "asyncOp", True) else []
+            return self._run(opts, value, self.comm.all_gather, source, out=target, finish=finish)
         return self._run(opts, list(outputs[0]), self.comm.all_gather_v, flat(source), out=target, rows=rows,
                          finish=finish)  # fmt: skip
 

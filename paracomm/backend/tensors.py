@@ -37,6 +37,16 @@ def movable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(1).view(torch.uint8) if tensor.dim() == 0 else tensor.view(torch.uint8)
 
 
+def restored(whole: torch.Tensor, like: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A flat tensor of what `movable` made of tensors of one shape, as [len(like), *shape] and of their dtype."""
+    first = like[0]
+    if first.is_complex():
+        whole = torch.view_as_complex(whole.view(-1, 2))
+    elif whole.dtype != first.dtype:
+        whole = whole.view(first.dtype)
+    return whole.view(len(like), *first.shape)
+
+
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """All elements in one dimension; a copy where they do not lie back to back."""
     return tensor.detach().reshape(-1)

@@ -24,13 +24,14 @@ from paracomm.hooks.registration import noop_hook, register
 from paracomm.hooks.registry import HOOKS, make_hook
 from paracomm.hooks.state import Bucket, HookState
 from paracomm.hooks.topk import TopKState, topk_hook
-from paracomm.hooks.wire import Wire, wire_of
+from paracomm.hooks.wire import CommWire, Wire, wire_of
 
 __all__ = [
     "HOOKS",
     "AllReduceState",
     "Bucket",
     "CastState",
+    "CommWire",
     "HierarchicalState",
     "Hook",
     "HookState",

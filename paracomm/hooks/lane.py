@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+LOOK_EVERY_S = 0.1
 
 
 class Lane:
@@ -17,30 +19,42 @@ class Lane:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Any, list[BaseException]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], Any]) -> Any:
-        """A torch Future of what `job` returns; it fails with what the job raises, in C++ and in Python alike."""
+        """A torch Future of what `job` returns; it fails with what the job raises, in C++ and in Python alike.
+
+        torch keeps the text of an exception only: `raised_by` gives the exception.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
+        raised: list[BaseException] = []
+
+        def outcome_of(outcome: Any) -> Any:
+            if raised:
+                raise raised[0]
+            return outcome.value()
+
         outcome: torch.futures.Future[Any] = torch.futures.Future()
         # Future.set_exception would reach Python's wait() only: DDP waits in C++ and takes the exception for a tensor.
-        result = outcome.then(_raise_or_return)
-        self._jobs.put((job, outcome))
+        result = outcome.then(outcome_of)
+        _raised[result] = raised
+        self._jobs.put((job, outcome, raised))
         return result
 
     @torch.no_grad()
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
-            job, outcome = item
+            job, outcome, raised = item
+            result = None
             try:
                 result = job()
             except BaseException as error:
-                result = _Raised(error)
+                raised.append(error)
             outcome.set_result(result)
-            del job, outcome, result, item  # an idle lane keeps no bucket alive
+            del job, outcome, raised, result, item  # an idle lane keeps no bucket alive
 
     def close(self) -> None:
         """Ends the thread after what was submitted."""
@@ -50,16 +64,29 @@ class Lane:
             self._thread = None
 
 
-class _Raised:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+_raised: weakref.WeakKeyDictionary[Any, list[BaseException]] = weakref.WeakKeyDictionary()
 
 
-def _raise_or_return(outcome: Any) -> Any:
-    result = outcome.value()
-    if isinstance(result, _Raised):
-        raise result.error
-    return result
+def raised_by(future: Any) -> BaseException | None:
+    """What the job raised that a lane ran for this future."""
+    raised = _raised.get(future) if isinstance(future, torch._C.Future) else None
+    return raised[0] if raised else None
+
+
+class Ranks(Protocol):
+    """A communicator or a wire, as what watches over a hook knows it."""
+
+    def check(self) -> None: ...
+    def abort(self, why: str) -> None: ...
+
+
+def wait_while_well(future: Any, ranks: Ranks) -> None:
+    """Returns when the future is done. Raises if the ranks fail meanwhile: it may be that of an engine of torch's which
+    does not learn that a rank gave up."""
+    done = threading.Event()
+    future.then(lambda _: done.set())
+    while not done.wait(LOOK_EVERY_S):
+        ranks.check()
 
 
 def keeps_order(hook: Function) -> Function:
@@ -68,8 +95,9 @@ def keeps_order(hook: Function) -> Function:
     return hook
 
 
-def one_at_a_time(hook: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def one_at_a_time(hook: Callable[[Any, Any], Any], ranks: Ranks | None = None) -> Callable[[Any, Any], Any]:
     """`hook`, called for a bucket only when its future for the bucket before is done; itself if it keeps order.
+    What the hook or its future raises on the thread ends the communication of `ranks`, and theirs ends the waiting.
 
     A hook that sends a second message once the first arrived, as torch's PowerSGD and quantisation do, starts it at
     another moment on every rank. With several buckets under way the ranks then start different operations next to each
@@ -82,7 +110,23 @@ def one_at_a_time(hook: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def in_turn(state: Any, bucket: Any) -> Any:
         if bucket.buffer().device.type != "cpu":  # there the stream keeps the order
             return hook(state, bucket)
-        return lane.submit(lambda: hook(state, bucket).wait())
+        return lane.submit(lambda: finished(state, bucket))
+
+    def finished(state: Any, bucket: Any) -> Any:
+        try:
+            future = hook(state, bucket)
+            if ranks is not None:
+                wait_while_well(future, ranks)
+            return future.wait()
+        except BaseException as error:
+            if ranks is not None:
+                ranks.abort(because_of(error))
+            raise
 
     in_turn.lane = lane  # type: ignore[attr-defined]  # for whoever wants to end it
     return keeps_order(in_turn)
+
+
+def because_of(error: BaseException) -> str:
+    """Why a rank gives up whose hook raised."""
+    return f"a gradient hook raised {type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from paracomm.errors import InvalidArgument
-from paracomm.hooks.lane import one_at_a_time
+from paracomm.hooks.lane import because_of, one_at_a_time
 from paracomm.hooks.plain import Hook
 from paracomm.hooks.state import Bucket, HookState, ddp_hook
 from paracomm.hooks.wire import Wire, wire_of
@@ -45,16 +45,15 @@ def register(model: nn.Module, hook: Hook, state: Any = None) -> None:
 
 
 def plain_function(hook: Hook, wire: Wire | None = None) -> Hook:
-    """A function that DDP takes for `hook`. What it raises aborts `wire` first."""
-
-    in_order = one_at_a_time(hook)
+    """A function that DDP takes for `hook`. What the hook or its future raises aborts `wire` first."""
+    in_order = one_at_a_time(hook, wire)
 
     def registered_hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP accepts no string annotation
         try:
             return in_order(state, bucket)
         except BaseException as error:
             if wire is not None:
-                wire.abort(f"a gradient hook raised {type(error).__name__}: {error}")
+                wire.abort(because_of(error))
             raise
 
     registered_hook.__qualname__ = describe(hook)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import InvalidArgument
-from paracomm.hooks.lane import Function, Lane, keeps_order
-from paracomm.hooks.wire import Wire, wire_of
+from paracomm.hooks.lane import Function, Lane, because_of, keeps_order
+from paracomm.hooks.wire import Wire, default_group, wire_of
 
 Finish = Callable[[], Tensor]
 
@@ -191,7 +191,7 @@ class HookState(ABC):
         """Gives up on every rank, with this cause."""
         if self.failure is None:
             self.failure = error
-            self.abort(f"a gradient hook raised {type(error).__name__}: {error}")
+            self.abort(because_of(error))
 
     def abort(self, why: str) -> None:
         """Ends the communication of all ranks."""
@@ -249,7 +249,7 @@ def state_for(kind: type[HookState], given: Any, **options: Any) -> HookState:
             raise InvalidArgument(f"this hook needs a {kind.__name__}, it was given a {type(given).__name__}")
         return given
     if given is None:
-        given = wire_of(None).group  # type: ignore[attr-defined]
+        given = default_group()
     key = (kind, id(given), *sorted(options.items()))
     if key not in _implied:
         _implied[key] = (given, kind(given, **options))

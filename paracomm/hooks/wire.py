@@ -2,11 +2,11 @@
 
 A hook is written once, against `Wire`:
 
-    | where the ranks meet                        | wire        |
-    |---------------------------------------------|-------------|
-    | a torch process group (Gloo, NCCL, MPI, ...) | GroupWire   |
-    | a paracomm.Communicator                     | CommWire    |
-    | an mpi4py communicator                      | MpiWire     |
+    | where the ranks meet                                            | wire      |
+    |-----------------------------------------------------------------|-----------|
+    | a torch process group (Gloo, NCCL, MPI, ...)                     | GroupWire |
+    | a paracomm.Communicator, a process group of the backend paracomm | CommWire  |
+    | an mpi4py communicator                                          | MpiWire   |
 
 Every call starts an operation on whole, contiguous tensors and returns at once with something to wait for. All ranks
 make the same calls on one wire in the same order. A hook that has a second message to send once the first arrived sends
@@ -25,9 +25,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_process_group_store, _world
 
 from paracomm.comm import Communicator
-from paracomm.errors import InvalidArgument
+from paracomm.errors import Error, InvalidArgument
+from paracomm.hooks.lane import wait_while_well
 
 
 class Pending(Protocol):
@@ -78,6 +80,9 @@ class Wire(ABC):
     def abort(self, why: str) -> None:
         """Gives up: whoever waits here or on another rank raises. Never raises itself."""
 
+    def check(self) -> None:  # noqa: B027 - an engine may know nothing
+        """Raises if a rank gave up, where the engine tells."""
+
     def bytes_sent(self) -> int | None:
         """Payload bytes that this rank has sent to others on this wire; None where the engine does not count."""
         return None
@@ -93,9 +98,12 @@ def wire_of(where: Any) -> Wire:
     """
     if isinstance(where, Wire):
         return where
-    if isinstance(where, Communicator):
-        return CommWire(where)
-    if where is None or isinstance(where, dist.ProcessGroup):
+    if where is None:
+        where = default_group()
+    comm = getattr(where, "comm", where)  # a process group of our backend has one
+    if isinstance(comm, Communicator):
+        return CommWire(comm)
+    if isinstance(where, dist.ProcessGroup):
         return GroupWire(where)
     if hasattr(where, "Iallreduce") and hasattr(where, "Get_rank"):
         from paracomm.hooks.mpi import MpiWire
@@ -104,6 +112,17 @@ def wire_of(where: Any) -> Wire:
     raise InvalidArgument(
         f"hooks run over a torch process group, a paracomm.Communicator or an mpi4py communicator, not {type(where)}"
     )
+
+
+def default_group() -> dist.ProcessGroup:
+    """torch's default process group. Raises InvalidArgument where there is none."""
+    if not dist.is_initialized():
+        raise InvalidArgument(
+            "no process group: call torch.distributed.init_process_group() first, or give the hook's state a "
+            "process group or a paracomm.Communicator"
+        )
+    group: dist.ProcessGroup = _present(dist.group.WORLD)
+    return group
 
 
 class CommWire(Wire):
@@ -142,7 +161,10 @@ class CommWire(Wire):
     def abort(self, why: str) -> None:
         self.comm.abort(why)
 
-    def bytes_sent(self) -> int | None:
+    def check(self) -> None:
+        self.comm.check()
+
+    def bytes_sent(self) -> int:
         return sum(self.comm.bytes_sent(peer) for peer in range(self.world_size) if peer != self.rank)
 
     def close(self) -> None:
@@ -150,55 +172,77 @@ class CommWire(Wire):
             self.comm.close()
 
 
+GAVE_UP = "paracomm/hooks/gave up"
+"""In a group's store: why a rank did."""
+
+
+class _Watched:
+    def __init__(self, work: Any, wire: Wire) -> None:
+        self._work, self._wire = work, wire
+
+    def wait(self) -> None:
+        wait_while_well(self._work.get_future(), self._wire)
+        self._work.wait()
+
+
 class GroupWire(Wire):
     """Over a torch process group, by the public functions of torch.distributed."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, key: tuple[Any, ...] | None = None) -> None:
-        if group is None:
-            if not dist.is_initialized():
-                raise InvalidArgument(
-                    "no process group: call torch.distributed.init_process_group() first, or give the hook's state a "
-                    "process group or a paracomm.Communicator"
-                )
-            group = _present(dist.group.WORLD)
+    def __init__(self, group: dist.ProcessGroup, key: tuple[Any, ...] | None = None) -> None:
         self.group = group
         self.rank, self.world_size = group.rank(), group.size()
         self._key = key
+        # MPI has none.
+        self._store = None if dist.get_backend(group) == "mpi" else _get_process_group_store(group)
 
     def average(self, x: Tensor) -> Pending:
         x.div_(self.world_size)
-        return _present(dist.all_reduce(x, group=self.group, async_op=True))
+        return self._watched(x, dist.all_reduce(x, group=self.group, async_op=True))
 
     def reduce(self, x: Tensor, root: int) -> Pending:
-        return _present(dist.reduce(x, dist.get_global_rank(self.group, root), group=self.group, async_op=True))
+        return self._watched(x, dist.reduce(x, self._global(root), group=self.group, async_op=True))
 
     def broadcast(self, x: Tensor, root: int) -> Pending:
-        return _present(dist.broadcast(x, dist.get_global_rank(self.group, root), group=self.group, async_op=True))
+        return self._watched(x, dist.broadcast(x, self._global(root), group=self.group, async_op=True))
 
     def all_gather(self, out: Tensor, x: Tensor) -> Pending:
-        return _present(dist.all_gather_into_tensor(out, x, group=self.group, async_op=True))
+        return self._watched(x, dist.all_gather_into_tensor(out, x, group=self.group, async_op=True))
 
     def all_to_all(self, out: Tensor, x: Tensor) -> Pending:
-        return _present(dist.all_to_all_single(out, x, group=self.group, async_op=True))
+        return self._watched(x, dist.all_to_all_single(out, x, group=self.group, async_op=True))
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank)
+
+    def _watched(self, x: Tensor, work: Any) -> Pending:
+        """Gloo has no abort: whoever waits looks now and then whether a rank gave up."""
+        return _Watched(_present(work), self) if x.device.type == "cpu" else _present(work)
 
     def twin(self) -> GroupWire:
-        return self._over(dist.get_process_group_ranks(self.group))
+        return _present(self.split(0))
 
     def split(self, color: int | None) -> GroupWire | None:
+        everybodys = self._gathered((color, len(_world.pg_names)))
         ranks = dist.get_process_group_ranks(self.group)
-        mine = [rank for rank, theirs in zip(ranks, self._gathered(color), strict=True) if theirs == color]
-        return None if color is None else self._over(mine)
+        members = [rank for rank, (theirs, _) in zip(ranks, everybodys, strict=True) if theirs == color]
+        if dist.get_backend(self.group) == "mpi" and members != ranks:
+            raise InvalidArgument("torch's MPI splits no group: give the parts as groups, or an mpi4py communicator")
+        known = max(groups for theirs, groups in everybodys if theirs == color)
+        return None if color is None else self._over(members, known)
 
-    def _over(self, ranks: list[int]) -> GroupWire:
+    def _over(self, ranks: list[int], known: int) -> GroupWire:
+        """A group of `ranks`, each of which calls this; none of them knows more than `known` groups so far."""
         backend = dist.get_backend(self.group)
         key = (dist.group.WORLD, backend, *ranks)
         idle = _idle.get(key, [])
         if idle:
             return GroupWire(idle.pop(0), key)
         # Only the members take part, so that hooks of a subgroup need nobody else. MPI groups need everybody.
-        group = dist.new_group(
-            ranks, timeout=self._timeout(), backend=backend, use_local_synchronization=backend != "mpi"
-        )
+        local = backend != "mpi"
+        # torch names a local group after its ranks and how many groups this process knows: all must know as many.
+        while local and len(_world.pg_names) < known:
+            dist.new_group([dist.get_rank()], backend=backend, use_local_synchronization=True)
+        group = dist.new_group(ranks, timeout=self._timeout(), backend=backend, use_local_synchronization=local)
         return GroupWire(group, key)
 
     def _timeout(self) -> timedelta | None:
@@ -220,15 +264,15 @@ class GroupWire(Wire):
     def abort(self, why: str) -> None:
         self._key = None
         try:
+            if self._store is not None:
+                self._store.set(GAVE_UP, f"rank {self.rank}: {why}")
             self.group.abort()
         except Exception:  # what it does is the backend's own, and some have no such thing
             return
 
-    def bytes_sent(self) -> int | None:
-        counted = getattr(self.group, "bytes_sent", None)
-        if counted is None:
-            return None
-        return sum(int(counted(peer)) for peer in range(self.world_size) if peer != self.rank)
+    def check(self) -> None:
+        if self._store is not None and self._store.check([GAVE_UP]):
+            raise Error(self._store.get(GAVE_UP).decode())
 
     def close(self) -> None:
         if self._key is not None:

@@ -17,7 +17,6 @@ A rank moves each gradient once into its bucket, or not at all where backward ac
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import Error, InvalidArgument
-from paracomm.hooks.lane import keeps_order, one_at_a_time
+from paracomm.hooks.lane import keeps_order, one_at_a_time, raised_by, wait_while_well
 
 MIB = 1 << 20
-LOOK_EVERY_S = 0.1
 
 
 class Pending(Protocol):
@@ -228,12 +226,12 @@ class Reducer:
     @torch.no_grad()
     def _complete(self, bucket: Bucket, work: Pending) -> None:
         try:
-            if isinstance(work, torch._C.Future):
-                _wait_while_ranks_live(work, self.comm)
+            if isinstance(work, torch._C.Future) and hasattr(self.comm, "check"):
+                wait_while_well(work, self.comm)
             result = work.wait()
         except BaseException as error:
-            # A torch Future keeps the text of an error only; a state of ours keeps the error.
-            cause = getattr(self._state, "failure", None) or error
+            # A torch Future keeps the text of an error only; its lane and a state of ours keep the error.
+            cause = raised_by(work) or getattr(self._state, "failure", None) or error
             self._tell_everyone(bucket, cause)
             raise cause from (error if cause is not error else None)
         result = result[0] if isinstance(result, (list, tuple)) else result
@@ -288,18 +286,6 @@ def _allocate(index: int, members: list[tuple[str, nn.Parameter]], comm: Gradien
     bucket = Bucket(index, data, names, parameters, views)
     bucket.reset()
     return bucket
-
-
-def _wait_while_ranks_live(future: Any, comm: Any) -> None:
-    """Returns when the future is done. Raises if the communicator fails meanwhile: a hook may wait for a process group
-    of torch, which does not know that a rank gave up."""
-    check = getattr(comm, "check", None)
-    if check is None:
-        return
-    done = threading.Event()
-    future.then(lambda _: done.set())
-    while not done.wait(LOOK_EVERY_S):
-        check()
 
 
 @torch.no_grad()

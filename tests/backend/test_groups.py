@@ -252,6 +252,19 @@ def futures(rank: Rank) -> None:
     values = torch.futures.wait_all([work.get_future() for work in works])
     assert all(value[0].item() == n for value in values)
     assert all(work.result()[0].item() == n for work in works)
+    # What they hold is what NCCL's hold.
+    for dtype in (torch.float32, torch.complex64, torch.float8_e5m2):
+        mine = torch.full((2, 3), rank.rank + 1.0).to(dtype)
+        outs = [torch.empty_like(mine) for _ in range(n)]
+        (stacked,) = dist.group.WORLD.allgather([outs], [mine]).get_future().wait()
+        assert stacked.dtype == dtype and stacked.shape == (n, 2, 3)
+        assert stacked[:, 0, 0].to(torch.complex64).real.tolist() == [r + 1.0 for r in range(n)]
+    out = torch.empty(3)
+    (one,) = dist.reduce_scatter(out, [torch.ones(3)] * n, async_op=True).get_future().wait()
+    assert one is out and out.tolist() == [n] * 3
+    outs = [torch.empty(1) for _ in range(n)]
+    found = dist.all_to_all(outs, [torch.ones(1)] * n, async_op=True).get_future().wait()
+    assert all(a is b for a, b in zip(found, outs, strict=True))
     wide = torch.zeros(4, 2)
     work = dist.all_reduce(wide[:, 0].add_(1), async_op=True)
     assert work.get_future().wait()[0].tolist() == [n] * 4 and wide.sum() == 4 * n

@@ -133,11 +133,11 @@ class Rank:
 
     def sent(self) -> tuple[str, float]:
         """Who counts, and bytes sent so far."""
-        if self.comm is not None and not dist.is_initialized():
-            wire = hooks.wire_of(self.comm).bytes_sent() or 0
-            counted = None if self.state is None else self.state.bytes_sent()
-            extra = 0 if self.state is None else (counted or 0) - (wire if _uses(self.state, self.comm) else 0)
-            return "Communicator.bytes_sent", wire + extra
+        base = hooks.wire_of(None if dist.is_initialized() else self.comm)
+        wires = [base, *([] if self.state is None else self.state.wires())]
+        ours = {id(wire.comm): wire for wire in wires if isinstance(wire, hooks.CommWire)}
+        if ours:
+            return "Communicator.bytes_sent", sum(wire.bytes_sent() for wire in ours.values())
         return "TCP_INFO", sum(tcp_bytes_acked().values())
 
     def train(self) -> dict[str, Any]:
@@ -172,10 +172,6 @@ class Rank:
             self.comm.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _uses(state: Any, comm: Any) -> bool:
-    return any(getattr(wire, "comm", None) is comm for wire in state.wires())
 
 
 def main(path: str, described: str) -> None:
