@@ -3,16 +3,19 @@ Store or the MPI that came with the launcher; there is no rendezvous of our own.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
+import secrets
 import subprocess
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from paracomm.comm import Communicator, connect
 from paracomm.comm.group import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S
-from paracomm.errors import Error, InvalidArgument
+from paracomm.errors import Error, InvalidArgument, Timeout
 
 Exchange = Callable[[bytes], list[bytes]]
 
@@ -79,13 +82,43 @@ def _through_store(timeout_s: float) -> tuple[int, int, Exchange, str]:
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     else:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=limit)))
-    _stores.append(store)
-    exchange = store_exchange(store, rank, world_size, f"paracomm/{next(_number)}", limit)
+    own = fresh_store(dist.PrefixStore(f"paracomm/{next(_number)}", store), rank, world_size, limit)
+    _stores.append(own)
+    exchange = store_exchange(own, rank, world_size, "connect", limit)
     return rank, world_size, exchange, os.environ.get("MASTER_ADDR", "")
 
 
 # A Store served by rank 0 must outlive the exchange on all the others.
 _stores: list[Any] = []
+
+
+def fresh_store(store: Any, rank: int, world_size: int, limit: timedelta) -> Any:
+    """The Store under a prefix that these ranks alone know. Collective.
+
+    A torchrun that restarts its workers keeps its Store, and what dead workers wrote there. So each rank writes a word
+    of its own, then a digest of everybody's words as it sees them, until all digests are the same: whoever wrote a
+    digest of my word has read it, so is alive.
+    """
+    import torch.distributed as dist
+
+    deadline = time.monotonic() + limit.total_seconds()
+    words = [f"word/{r}" for r in range(world_size)]
+    digests = [f"digest/{r}" for r in range(world_size)]
+    store.set(words[rank], secrets.token_hex(8))
+    pause_s, mine = 0.001, ""
+    while True:
+        store.wait(words, limit)
+        seen = hashlib.sha256(b" ".join(bytes(store.get(word)) for word in words)).hexdigest()[:16]
+        if seen != mine:
+            mine = seen
+            store.set(digests[rank], mine)
+        store.wait(digests, limit)
+        if all(bytes(store.get(digest)).decode() == mine for digest in digests):
+            return dist.PrefixStore(mine, store)
+        if time.monotonic() > deadline:
+            raise Timeout(f"rank {rank} did not meet all {world_size} ranks in the Store in {limit.total_seconds():g} s")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.05)
 
 
 def store_exchange(store: Any, rank: int, world_size: int, prefix: str, limit: timedelta) -> Exchange:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
+
 from paracomm.backend.gate import lift
 from paracomm.backend.process_group import ProcessGroup
-from paracomm.bootstrap import store_exchange
+from paracomm.bootstrap import fresh_store, store_exchange
 from paracomm.comm import connect
 from paracomm.errors import InvalidArgument
 
@@ -40,7 +42,9 @@ def connect_group(
 ) -> ProcessGroup:
     """A process group of `world_size` ranks that share `store` and no other user of its keys."""
     connect_timeout_s = max(timeout.total_seconds(), LEAST_CONNECT_S)
-    exchange = store_exchange(store, rank, world_size, "paracomm", timedelta(seconds=connect_timeout_s))
+    limit = timedelta(seconds=connect_timeout_s)
+    store = fresh_store(dist.PrefixStore("paracomm", store), rank, world_size, limit)
+    exchange = store_exchange(store, rank, world_size, "connect", limit)
     arguments: dict[str, Any] = {"timeout_s": timeout.total_seconds(), "connect_timeout_s": connect_timeout_s}
     arguments |= {"master_address": os.environ.get("MASTER_ADDR", ""), **settings}
     comm = connect(rank, world_size, exchange, **arguments)

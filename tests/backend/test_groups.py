@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from ranks import Rank, rank_outcomes, run_ranks
 
 from paracomm import InvalidArgument, Mismatch, PeerLost, Timeout
+from paracomm.bootstrap import fresh_store
 
 SCRIPT = """
 import torch, torch.distributed as dist
@@ -101,6 +104,24 @@ def groups(rank: Rank) -> None:
     assert total(1.0, mesh["tp"].get_group()) == 2 and dist.get_backend(mesh["dp"].get_group()) == "paracomm"
     assert total() == 4
     dist.destroy_process_group()
+
+
+def test_what_the_dead_left_in_a_store() -> None:
+    """Two ranks, twice over one Store, as when torchrun restarts its workers; the second time rank 1 comes late."""
+    shared, limit = dist.HashStore(), timedelta(seconds=20)
+
+    def meet(rank: int) -> bytes:
+        time.sleep(0.1 * rank)
+        store = fresh_store(shared, rank, 2, limit)
+        store.set(f"from {rank}", secrets.token_hex(4))
+        return b"".join(bytes(store.get(f"from {r}")) for r in range(2))
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = (list(threads.map(meet, range(2))) for _ in range(2))
+    assert first[0] == first[1] and second[0] == second[1] and first[0] != second[0]
+    shared.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(Timeout, match="rank 0 did not meet"):
+        fresh_store(shared, 0, 2, timedelta(seconds=0.2))
 
 
 def test_again() -> None:
