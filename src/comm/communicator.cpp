@@ -82,7 +82,7 @@ std::optional<Signature> Communicator::History::find(uint32_t sequence) const no
 
 Patience Communicator::patience() const {
   // A rank that spins on a core that its peer needs keeps the peer from answering.
-  if (static_cast<int>(local_ranks_.size()) > options_.cores) return {20, 2000, 1};
+  if (static_cast<int>(local_ranks_.size()) > options_.cores) return {5, 2000, 1};
   return {};
 }
 

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -58,7 +59,8 @@ constexpr uint64_t kProbeEvery = 24;
 constexpr double kSlowPace = 3.0;  // bytes per nanosecond: 2.5 where caches are apart; elsewhere 4 and more, even into
                                    // lines that were just streamed
 
-constexpr auto kSettle = std::chrono::milliseconds(20);
+constexpr auto kSettle = std::chrono::milliseconds(10);
+constexpr uint32_t kYieldsPerLook = 16;
 
 constexpr uint64_t kNowhere = ~uint64_t{0};
 
@@ -320,30 +322,56 @@ void MemoryEndpoint::begin(const std::byte* output) {
   for (Link& link : links_) link.output = nullptr;
 }
 
-std::byte* MemoryEndpoint::peer_output(int peer) { return link(peer).output; }
-
-// Two ranks that wait for each other on one core answer ten times more slowly than on two, and each looks so busy that
-// the system takes a quarter of a second to part them. When the peer handed on this very core while we had handed it
-// on, the one of higher rank moves away. Only then: a peer that computes is left alone.
-void MemoryEndpoint::yield(int peer) {
-  const auto core = static_cast<uint32_t>(sched_getcpu());
-  const std::atomic<uint64_t>& theirs = link(peer).peer.segment->header().yielded;
-  const uint64_t before = theirs.load(std::memory_order_relaxed);
-  own_.segment->header().yielded.store(uint64_t{++yields_} << 32 | core, std::memory_order_relaxed);
-  sched_yield();
-  const uint64_t after = theirs.load(std::memory_order_relaxed);
-  if (after != before && static_cast<uint32_t>(after) == core && peer < own_.rank) leave_core(core);
+uint64_t MemoryEndpoint::yielded(const Link& link) noexcept {
+  return link.peer.segment->header().yielded.load(std::memory_order_relaxed);
 }
 
-void MemoryEndpoint::leave_core(uint32_t core) noexcept {
+std::byte* MemoryEndpoint::peer_output(int peer) { return link(peer).output; }
+
+// Ranks that wait for each other on one core answer ten times more slowly than on two, and each looks so busy that the
+// system takes a quarter of a second to part them. Those that handed on this very core while this rank had handed it on
+// are queued here; where that is more than this core's share of the ranks, the highest of them leaves. A rank that
+// computes hands on nothing and is left alone.
+void MemoryEndpoint::yield(int /*peer*/) {
+  const auto core = static_cast<uint32_t>(sched_getcpu());
+  const bool looks = ++yields_ % kYieldsPerLook == 0;
+  if (looks)
+    for (Link& link : links_) link.last_yield = yielded(link);
+  own_.segment->header().yielded.store(uint64_t{yields_} << 32 | core, std::memory_order_relaxed);
+  sched_yield();
+  if (!looks) return;
+  size_t here = 1;
+  bool highest = true;
+  for (const Link& link : links_) {
+    const uint64_t now = yielded(link);
+    if (now == link.last_yield || static_cast<uint32_t>(now) != core) continue;
+    ++here;
+    highest &= link.peer.local_rank < own_.local_rank;
+  }
+  if (here > 1 && highest) leave_core(core, here);
+}
+
+/// Moves to one of the usable cores with the fewest ranks, if `here` ranks are more than this one's share.
+void MemoryEndpoint::leave_core(uint32_t core, size_t here) noexcept {
   const auto now = std::chrono::steady_clock::now();
   cpu_set_t all;
-  if (now < settled_ || core >= CPU_SETSIZE || sched_getaffinity(0, sizeof all, &all) != 0) return;
+  if (now < settled_ || sched_getaffinity(0, sizeof all, &all) != 0) return;
   settled_ = now + kSettle;
-  if (CPU_COUNT(&all) <= static_cast<int>(links_.size())) return;  // a core for every rank, or none is better than this
-  cpu_set_t others = all;
-  CPU_CLR(core, &others);
-  if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof all, &all);
+  const size_t ranks = links_.size() + 1, cores = static_cast<size_t>(CPU_COUNT(&all));
+  if (here <= (ranks + cores - 1) / cores) return;
+  std::array<size_t, CPU_SETSIZE> ranks_on{};  // where each waited last
+  for (const Link& link : links_)
+    if (const uint64_t word = yielded(link)) ++ranks_on[static_cast<uint32_t>(word) % CPU_SETSIZE];
+  cpu_set_t best;
+  CPU_ZERO(&best);
+  size_t fewest = here - 1;  // as many others as on this core: no better
+  for (uint32_t c = 0; c < CPU_SETSIZE; ++c) {
+    if (!CPU_ISSET(c, &all) || ranks_on[c] > fewest || c == core) continue;
+    if (ranks_on[c] < fewest) CPU_ZERO(&best);
+    if (ranks_on[c] < here - 1) CPU_SET(c, &best);
+    fewest = ranks_on[c];
+  }
+  if (CPU_COUNT(&best) > 0 && sched_setaffinity(0, sizeof best, &best) == 0) sched_setaffinity(0, sizeof all, &all);
 }
 
 void MemoryEndpoint::wait(int peer, std::chrono::microseconds at_most) {

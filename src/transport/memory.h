@@ -100,6 +100,7 @@ class MemoryEndpoint final : public Endpoint {
     MemoryCounter* consumed_by_me = nullptr;
     uint64_t sent = 0, seen_consumed = 0, received = 0, released = 0, bytes = 0;
     std::byte* output = nullptr;
+    uint64_t last_yield = 0;
     uint64_t by_reference = 0;  // last message whose bytes the peer reads from our memory, plus one
   };
   struct Block {
@@ -121,7 +122,8 @@ class MemoryEndpoint final : public Endpoint {
   }
   std::byte* reserve(Ring& ring, size_t nbytes);
   void reclaim(Ring& ring) noexcept;
-  void leave_core(uint32_t core) noexcept;
+  static uint64_t yielded(const Link& link) noexcept;
+  void leave_core(uint32_t core, size_t here) noexcept;
   void ring(const Link& link) noexcept;
   uint64_t reference(const std::byte* data) const noexcept;
 
