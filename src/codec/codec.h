@@ -4,8 +4,8 @@
 //                        4 bits   | scale float32 | q0 + 16 q(b/2), q1 + 16 q(b/2+1) ... |   4 + b/2 bytes
 //
 // Levels are symmetric, -127..127 and -7..7 (the latter stored plus 8), scale = largest magnitude / levels, and the
-// round-trip error is at most scale / 2. Messages are whole blocks, so that a message cuts at any block (Dettmers, "8-bit
-// approximations for parallelism in deep learning", 2016, quantises the same way).
+// round-trip error is at most scale / 2. Messages are whole blocks, so that a message cuts at any block (Dettmers,
+// "8-bit approximations for parallelism in deep learning", 2016, quantises the same way).
 //
 // A block with an infinity or a NaN decodes to NaN throughout: whoever looks for overflow must see it. A block whose
 // largest magnitude is below levels * 2^-126 decodes to zeros.
