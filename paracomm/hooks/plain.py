@@ -31,7 +31,8 @@ class CastState(HookState):
     """The mean by one all-reduce in `dtype`, torch.float16 or torch.bfloat16.
 
     |result - mean| <= (n + 1) u x the mean magnitude of what the n ranks put in, u = 2^-11 or 2^-8, on engines that
-    round every addition as Gloo does, and 2 u x it on ours, while no float16 leaves +-65504. What the cast of this rank's gradient loses comes back in the next step.
+    round every addition as Gloo does, and 2 u x it on ours, while no float16 leaves +-65504. What the cast of this
+    rank's gradient loses comes back in the next step.
     """
 
     def __init__(self, where: Any = None, *, dtype: torch.dtype, model: nn.Module | None = None, feedback: bool = True):

@@ -40,8 +40,8 @@ PARACOMM_INLINE Scale scale_of(int32_t largest_bits) {
   return {scale, levels / largest, true};
 }
 
-/// y = (x + residual) / divisor into `y`; returns the bits of the largest magnitude, at least kInfinityBits where one is
-/// not finite (as integers, magnitudes order like the floats, and NaN comes last).
+/// y = (x + residual) / divisor into `y`; returns the bits of the largest magnitude, at least kInfinityBits where one
+/// is not finite (as integers, magnitudes order like the floats, and NaN comes last).
 PARACOMM_INLINE int32_t prepare(const float* x, const float* residual, float divisor, size_t block, float* y) {
   Ints largest = {};
   for (size_t i = 0; i < block; i += kLanes) {
@@ -61,7 +61,8 @@ PARACOMM_INLINE int32_t prepare(const float* x, const float* residual, float div
 PARACOMM_INLINE Ints quantise(const float* y, size_t i, const Scale& scale, float divisor, float* residual_out) {
   const Floats value = load<Floats>(y + i);
   const Floats shifted = value * scale.inverse + kRounder;
-  if (residual_out) store(residual_out + i, static_cast<Floats>((value - (shifted - kRounder) * scale.scale) * divisor));
+  if (residual_out)
+    store(residual_out + i, static_cast<Floats>((value - (shifted - kRounder) * scale.scale) * divisor));
   return bits_as<Ints>(shifted) - kRounderBits;
 }
 

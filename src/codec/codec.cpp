@@ -26,9 +26,9 @@ void check_format(const BlockFormat& format) {
   if (format.bits != 8 && format.bits != 4)
     throw Error(ErrorKind::invalid_argument, "blocks of " + std::to_string(format.bits) + " bits, expected 8 or 4");
   if (format.block == 0 || format.block % kBlockStep || format.block > kMaxBlock)
-    throw Error(ErrorKind::invalid_argument,
-                "blocks of " + std::to_string(format.block) + " elements, expected a multiple of " +
-                    std::to_string(kBlockStep) + " up to " + std::to_string(kMaxBlock));
+    throw Error(ErrorKind::invalid_argument, "blocks of " + std::to_string(format.block) +
+                                                 " elements, expected a multiple of " + std::to_string(kBlockStep) +
+                                                 " up to " + std::to_string(kMaxBlock));
 }
 
 size_t block_bytes(const BlockFormat& format) { return sizeof(float) + format.block * format.bits / 8; }
