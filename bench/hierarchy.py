@@ -95,5 +95,5 @@ def hierarchy(bar: Bar) -> None:
                 share = sent / ROUNDS / expected_bytes(hook) if sent else None
                 what = f"{leg}, {hook}: bytes that leave host {host}, over the formula's"
                 bar.hold(what, share, HEADERS, at_least=False)
-                bar.hold(f"{what}, which they must all do", share, 1.0)
+                bar.hold(f"{what} (none beside the link)", share, 1.0)
     typer.echo("  counted by the hosts' interfaces, headers included")
