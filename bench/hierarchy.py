@@ -65,13 +65,14 @@ def mpi_command(kind: str, starts: list, tasks: list[list[str]]) -> dict:
         # Our packages beside the MPI's own Python: both are of one version.
         ours = os.pathsep.join([start.env["PYTHONPATH"], *(p for p in sys.path if p.endswith("site-packages"))])
         env = start.env | {"PYTHONPATH": ours, "OMP_NUM_THREADS": "1", "FI_TCP_IFACE": f"v{HOSTS[rank]}"}
+        env["UCX_NET_DEVICES"] = f"v{HOSTS[rank]}"
         settings = ["env", *(f"{key}={value}" for key, value in env.items())]
         inside = start.argv[:-1]
         parts += [*([":"] if parts else []), "-n", "1", *inside, *settings, str(root / "bin" / "python"), *task]
     launch = mpi_start(kind, RANKS, parts)
     argv = launch.argv[: launch.argv.index("-n")] + parts
     # All ranks have one host name, and MPI would send between "hosts" through shared memory.
-    nolocal = {"MPIR_CVAR_NOLOCAL": "1", "MPIR_CVAR_CH4_SHM_ENABLE": "0", "FI_PROVIDER": "tcp"}
+    nolocal = {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp", "FI_PROVIDER": "tcp"}
     return {"args": argv, "env": os.environ | launch.env | nolocal}
 
 
@@ -92,5 +93,7 @@ def hierarchy(bar: Bar) -> None:
                     (r.get("host_bytes", 0) for r, at in zip(reports, HOSTS, strict=True) if at == host), default=0
                 )
                 share = sent / ROUNDS / expected_bytes(hook) if sent else None
-                bar.hold(f"{leg}, {hook}: bytes that leave host {host}, over the formula's", share, HEADERS, False)
+                what = f"{leg}, {hook}: bytes that leave host {host}, over the formula's"
+                bar.hold(what, share, HEADERS, at_least=False)
+                bar.hold(f"{what} (none beside the link)", share, 1.0)
     typer.echo("  counted by the hosts' interfaces, headers included")

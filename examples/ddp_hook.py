@@ -37,6 +37,7 @@ def train(name: str, state: hooks.HookState, hook: hooks.Hook) -> None:
     ddp = DistributedDataParallel(network())
     ddp.register_comm_hook(state, hook)  # <- the one line
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.2, momentum=0.9)
+    before = state.bytes_sent()
     data = torch.Generator().manual_seed(1 + rank)
     for _ in range(options.steps):
         x = torch.randn(64, 64, generator=data).to(device)
@@ -47,7 +48,9 @@ def train(name: str, state: hooks.HookState, hook: hooks.Hook) -> None:
     mean = loss.detach()
     dist.all_reduce(mean)
     sent = state.bytes_sent()
-    counted = "not counted by this backend" if sent is None else f"{sent / options.steps / 1e3:.0f} kB a step"
+    counted = "not counted by this backend"
+    if sent is not None and before is not None:
+        counted = f"{(sent - before) / options.steps / 1e3:.0f} kB a step"
     if rank == 0:
         print(f"{name:<22} loss {float(mean) / dist.get_world_size():.4f}, sent {counted}", flush=True)
     state.close()

@@ -16,7 +16,7 @@ SMALL = ["--width", "32", "--depth", "1", "--context", "16", "--batch", "2", "--
 
 
 def bench(*options: str) -> tuple[int, str]:
-    result = CliRunner().invoke(build_app(), ["bench", "ddp", *options], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(build_app(["bench", "ddp"]), ["bench", "ddp", *options], env={"COLUMNS": "200"})
     return result.exit_code, result.output
 
 

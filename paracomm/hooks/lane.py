@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -12,6 +13,7 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 LOOK_EVERY_S = 0.1
+LONGEST_PAUSE_S = 1e-3
 
 
 class Lane:
@@ -81,12 +83,24 @@ class Ranks(Protocol):
 
 
 def wait_while_well(future: Any, ranks: Ranks) -> None:
-    """Returns when the future is done. Raises if the ranks fail meanwhile: it may be that of an engine of torch's which
-    does not learn that a rank gave up."""
+    """Returns when a lane's future is done. Raises if the ranks fail meanwhile: the job may wait for an engine of
+    torch's which does not learn that a rank gave up."""
     done = threading.Event()
     future.then(lambda _: done.set())
     while not done.wait(LOOK_EVERY_S):
         ranks.check()
+
+
+def poll_while_well(done: Callable[[], bool], ranks: Ranks) -> None:
+    """The same for what another engine completes. A callback would run on a thread of that engine, and one that still
+    wants the interpreter when this ends takes the process down (seen with Gloo)."""
+    pause_s, look_at = 5e-5, time.monotonic() + LOOK_EVERY_S
+    while not done():
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        if time.monotonic() >= look_at:
+            ranks.check()
+            look_at = time.monotonic() + LOOK_EVERY_S
 
 
 def keeps_order(hook: Function) -> Function:
@@ -116,7 +130,7 @@ def one_at_a_time(hook: Callable[[Any, Any], Any], ranks: Ranks | None = None) -
         try:
             future = hook(state, bucket)
             if ranks is not None:
-                wait_while_well(future, ranks)
+                poll_while_well(future.done, ranks)
             return future.wait()
         except BaseException as error:
             if ranks is not None:

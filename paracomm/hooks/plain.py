@@ -30,8 +30,9 @@ class AllReduceState(HookState):
 class CastState(HookState):
     """The mean by one all-reduce in `dtype`, torch.float16 or torch.bfloat16.
 
-    |result - mean| <= u (|result| + the mean magnitude of what the ranks put in) (1 + log n), u = 2^-11 or 2^-8, while
-    no float16 leaves +-65504. What the cast of this rank's gradient loses comes back in the next step.
+    |result - mean| <= (n + 1) u x the mean magnitude of what the n ranks put in, u = 2^-11 or 2^-8, on engines that
+    round every addition as Gloo does, and 2 u x it on ours, while no float16 leaves +-65504. What the cast of this
+    rank's gradient loses comes back in the next step.
     """
 
     def __init__(self, where: Any = None, *, dtype: torch.dtype, model: nn.Module | None = None, feedback: bool = True):

@@ -169,8 +169,7 @@ class HookState(ABC):
             if bucket.is_last():
                 self.steps += 1
         except BaseException as error:
-            self.fail(error)
-            raise
+            raise self.fail(error) from None
         buffer = bucket.buffer()
         if buffer.device.type != "cpu":  # the stream keeps the order, and waiting for it blocks nobody
             done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
@@ -184,14 +183,14 @@ class HookState(ABC):
                 raise self.failure
             return finish()
         except BaseException as error:
-            self.fail(error)
-            raise
+            raise self.fail(error) from None
 
-    def fail(self, error: BaseException) -> None:
-        """Gives up on every rank, with this cause."""
+    def fail(self, error: BaseException) -> BaseException:
+        """Gives up on every rank, with this cause; returns the first cause: the others follow from it."""
         if self.failure is None:
             self.failure = error
             self.abort(because_of(error))
+        return self.failure
 
     def abort(self, why: str) -> None:
         """Ends the communication of all ranks."""

@@ -29,7 +29,7 @@ from torch.distributed.distributed_c10d import _get_process_group_store, _world
 
 from paracomm.comm import Communicator
 from paracomm.errors import Error, InvalidArgument
-from paracomm.hooks.lane import wait_while_well
+from paracomm.hooks.lane import poll_while_well
 
 
 class Pending(Protocol):
@@ -181,7 +181,7 @@ class _Watched:
         self._work, self._wire = work, wire
 
     def wait(self) -> None:
-        wait_while_well(self._work.get_future(), self._wire)
+        poll_while_well(self._work.is_completed, self._wire)
         self._work.wait()
 
 

@@ -225,9 +225,10 @@ class Reducer:
 
     @torch.no_grad()
     def _complete(self, bucket: Bucket, work: Pending) -> None:
+        comm: Any = self.comm
         try:
-            if isinstance(work, torch._C.Future) and hasattr(self.comm, "check"):
-                wait_while_well(work, self.comm)
+            if isinstance(work, torch._C.Future) and hasattr(comm, "check"):
+                wait_while_well(work, comm)
             result = work.wait()
         except BaseException as error:
             # A torch Future keeps the text of an error only; its lane and a state of ours keep the error.

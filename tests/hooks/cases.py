@@ -96,10 +96,10 @@ def exact(truth: Truth, name: str, result: Tensor) -> None:
 
 
 def rounded(unit: float) -> Bound:
-    """Casts: each rank's rounding, and those of the sum."""
+    """Casts: each rank's rounding, and one for every addition, none of which is to more than the magnitudes."""
 
     def check(truth: Truth, name: str, result: Tensor) -> None:
-        within(2 * unit * truth.magnitude(name) + 1e-6, result, truth.mean[name], name)
+        within(len(truth.ranks) * unit * truth.magnitude(name) + 1e-6, result, truth.mean[name], name)
 
     return check
 

@@ -112,10 +112,11 @@ class OddState(hooks.QuantizedState):
         return fails
 
 
-def foreign(state: Any, bucket: Any, late: bool) -> Any:
+def foreign(state: Any, bucket: Any, rank: int, late: bool) -> Any:
     """A hook that is not ours, failing in the same two ways."""
-    future = hooks.allreduce_hook(state, bucket)
-    if bucket.index() != 1 or state.wire.rank != 1:
+    plain = default_hooks.allreduce_hook if dist.is_initialized() else hooks.allreduce_hook
+    future = plain(state, bucket)
+    if bucket.index() != 1 or rank != 1:
         return future
     if not late:
         raise ValueError("nonsense")
@@ -131,7 +132,7 @@ def raises(rank: Rank, reducer: str, ours: bool, late: bool) -> None:
     if ours:
         hooks.register(replica, hooks.int8_hook, OddState(comm, late))
     else:
-        hooks.register(replica, partial(foreign, late=late), hooks.AllReduceState(comm))
+        hooks.register(replica, partial(foreign, rank=rank.rank, late=late), comm)
     with pytest.raises(Exception, match="nonsense") as caught:
         for step in range(4):  # who has all messages of the step in which it happens learns of it in the next
             backward(replica, rank, step)

@@ -15,6 +15,9 @@ from paracomm.cli.ddp.run import picture, run, table
 from paracomm.errors import InvalidArgument
 from paracomm.hooks import HOOKS
 
+WIDTH = 100
+"""Of the table where it goes to a file or a pipe."""
+
 
 def ddp(
     engines: Annotated[str, typer.Option(help=f"any of {', '.join(ENGINES)}")] = "paracomm,gloo",
@@ -50,7 +53,10 @@ def ddp(
         typer.echo(f"paracomm bench ddp: {error}", err=True)
         raise typer.Exit(2) from None
     size = next((o.parameters for o in outcomes if o.parameters), 0)
-    Console().print(table(outcomes, f"GPT of {size:,} parameters, batch {batch} x {context}, {ranks} ranks"))
+    shown = Console()
+    if not shown.is_terminal:
+        shown.width = WIDTH
+    shown.print(table(outcomes, f"GPT of {size:,} parameters, batch {batch} x {context}, {ranks} ranks"))
     if json is not None:
         about = report.about_this_run() | {"bench": "ddp", "ranks": ranks, "batch": batch, "context": context}
         report.append_json(json, (about | outcome.record() for outcome in outcomes))

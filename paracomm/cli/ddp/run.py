@@ -87,7 +87,7 @@ def picture(outcomes: Sequence[Outcome], file: Path) -> None:
     left.set_yticks(list(at), labels)
     left.invert_yaxis()
     left.set_xlabel("ms a step")
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     right.barh(at, [o.bytes_per_step / 1e6 for o in shown], color="#6a9a58")
     right.set_xlabel("MB that a rank sends a step")
     for axes in (left, right):
