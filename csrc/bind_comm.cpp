@@ -140,6 +140,17 @@ py::object make_fast_all_reduce(std::shared_ptr<Communicator> comm) {
   return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&fast_all_reduce_def, capsule.ptr(), nullptr));
 }
 
+/// False where no schedule is chosen yet.
+bool barrier(Communicator& comm, double timeout_s) {
+  Call call;
+  call.dtype = DType::uint8;
+  call.program = comm.choose(Collective::barrier, -1, 0);
+  call.timeout_s = timeout_s;
+  if (call.program < 0) return false;
+  comm.run(call);
+  return true;
+}
+
 /// Seconds of each of `iterations` in-place float32 sums, timed here, without Python; a barrier program before each.
 std::vector<double> time_all_reduce(Communicator& comm, int program, int barrier, size_t count, int iterations,
                                     bool arena) {
@@ -287,6 +298,7 @@ void register_comm(py::module_& m) {
       .def("transport", &Communicator::transport, py::arg("peer"))
       .def("seconds_waiting", &Communicator::seconds_waiting)
       .def("fast_all_reduce", &make_fast_all_reduce)
+      .def("barrier", &barrier, py::arg("timeout_s"), nogil)
       .def("time_all_reduce", &time_all_reduce, py::arg("program"), py::arg("barrier"), py::arg("count"),
            py::arg("iterations"), py::arg("arena"), nogil);
   call_args(

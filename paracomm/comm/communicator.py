@@ -380,6 +380,8 @@ class Communicator:
         self, *, async_op: bool = False, algorithm: str | Schedule | None = None, timeout_s: float | None = None
     ) -> Any:
         """Returns when every rank has called it."""
+        if not async_op and algorithm is None and self._core.barrier(-1.0 if timeout_s is None else float(timeout_s)):
+            return None
         program = self._select("barrier", None, 0, algorithm)
         return self._run(program, 0, 0, 0, _C.DTYPES["uint8"], _SUM, timeout_s, async_op, None, ())
 
