@@ -120,7 +120,7 @@ def test_what_the_dead_left_in_a_store() -> None:
         first, second = (list(threads.map(meet, range(2))) for _ in range(2))
     assert first[0] == first[1] and second[0] == second[1] and first[0] != second[0]
     shared.set_timeout(timedelta(seconds=0.2))
-    with pytest.raises(Timeout, match="rank 0 did not meet"):
+    with pytest.raises(Timeout, match="rank 0 met not all 2"):
         fresh_store(shared, 0, 2, timedelta(seconds=0.2))
 
 
