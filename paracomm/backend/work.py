@@ -46,6 +46,8 @@ class Work(dist.Work):
         self._settled = False
         self._error: BaseException | None = None
         self._future: Any = None
+        if _FORGETFUL:
+            _unsettled.add(self)
 
     # torch's C++ calls these two through its trampoline, Python calls them all.
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -125,6 +127,7 @@ class Work(dist.Work):
                 self._error = error
             self._settled = True
             self._finish = None
+            _unsettled.discard(self)
         finally:
             self._waiting.release()
 
@@ -216,5 +219,9 @@ class Past:
         return True
 
 
+# torch 2.6 lets the Python half of a Work go while C++ holds the other, and then waits without end. When that changed we
+# do not know: 2.13 keeps it.
+_FORGETFUL = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+_unsettled: set[Work] = set()
 _futures = threading.Lock()
 COMPLETED = _Completed()

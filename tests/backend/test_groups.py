@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 import signal
@@ -145,7 +146,7 @@ def timeouts(rank: Rank) -> None:
         assert 0.25 < time.monotonic() - start < 5
     dist.barrier()
     brief = dist.new_group()
-    if rank.rank == 0:
+    if rank.rank == 0 and "timeout" in inspect.signature(dist.barrier).parameters:  # not in torch 2.6
         with pytest.raises(Timeout, match=r"0\.2 s"):
             dist.barrier(brief, timeout=timedelta(seconds=0.2))
     dist.barrier()
