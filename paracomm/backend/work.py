@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -127,7 +128,9 @@ class Work(dist.Work):
                 self._error = error
             self._settled = True
             self._finish = None
-            _unsettled.discard(self)
+            if _FORGETFUL:
+                _unsettled.discard(self)
+                _settled_last.append(self)  # every tensor of a coalesced functional collective waits for the same Work
         finally:
             self._waiting.release()
 
@@ -219,9 +222,9 @@ class Past:
         return True
 
 
-# torch 2.6 lets the Python half of a Work go while C++ holds the other, and then waits without end. When that changed we
-# do not know: 2.13 keeps it.
+# torch 2.6 lets the Python half of a Work go while C++ holds the other, and then waits without end; 2.13 keeps it.
 _FORGETFUL = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 _unsettled: set[Work] = set()
+_settled_last: deque[Work] = deque(maxlen=16)
 _futures = threading.Lock()
 COMPLETED = _Completed()
