@@ -1,8 +1,9 @@
 """Kills and stops ranks in the middle of mixed collectives, and looks at how the others end.
 
-    python bench/faults.py [--kills 100] [--stops 20] [--seed 0] [--json FILE]
+    python bench/faults.py [--kills 100] [--stops 20] [--backwards 20] [--seed 0] [--json FILE]
 
 Worlds of 2 to 5 ranks over shared memory, TCP, and both; in every third trial each rank has a forked data loader.
+"backward" is a kill -9 inside the backward pass of torch's DistributedDataParallel on the backend "paracomm".
 The bar: every survivor raises PeerLost within 1 s of a kill -9, Timeout within timeout + 1 s of a SIGSTOP; the error
 names operation, number, rank and host; nothing stays in /dev/shm; no process stays.
 """
@@ -28,6 +29,9 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch  # here, so that forked ranks have it at once
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -49,7 +53,7 @@ class Trial:
     """One world that loses `victim` after `delay_s` of collectives."""
 
     seed: int
-    fault: str  # "kill" | "stop"
+    fault: str  # "kill" | "stop" | "backward"
     transport: str
     world_size: int
     victim: int
@@ -70,11 +74,11 @@ class Result:
     troubles: list[str]
 
 
-def make_trials(kills: int, stops: int, seed: int) -> list[Trial]:
+def make_trials(kills: int, stops: int, backwards: int, seed: int) -> list[Trial]:
     """All combinations of transport and world in turn; victim and moment are random."""
     chance = random.Random(seed)
     trials = []
-    for i, fault in enumerate(["kill"] * kills + ["stop"] * stops):
+    for i, fault in enumerate(["kill"] * kills + ["stop"] * stops + ["backward"] * backwards):
         transport, world_size = TRANSPORTS[i % 3], 2 + i // 3 % 4
         if transport == "mixed":
             world_size = max(world_size, 3)
@@ -128,9 +132,35 @@ def operations(comm: Any, chance: random.Random) -> Callable[[], object]:
 
 
 def suffer(trial: Trial, moment: mmap.mmap) -> None:
-    time.sleep(trial.delay_s)
     moment[:8] = struct.pack("d", time.monotonic())
-    os.kill(os.getpid(), signal.SIGKILL if trial.fault == "kill" else signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGSTOP if trial.fault == "stop" else signal.SIGKILL)
+
+
+def backward_member(rank: Rank, trial: Trial, moment: mmap.mmap) -> tuple[str, str, float]:
+    """Steps of DistributedDataParallel until one raises; the victim dies in a gradient's hook, buckets in flight."""
+    torch.set_num_threads(1)
+    settings = {"shm": {}, "tcp": {"transport": "tcp"}, "mixed": {"host_id": f"faults-{rank.rank % 2}"}}
+    dist.init_process_group("paracomm", pg_options=settings[trial.transport])
+    net = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(8)])
+    model = DistributedDataParallel(net, bucket_cap_mb=0.3)
+    x = torch.ones(4, 256)
+    model(x).sum().backward()
+    if rank.rank == trial.victim:
+        until = time.monotonic() + trial.delay_s
+
+        def die(_: Any) -> None:
+            if time.monotonic() > until:
+                suffer(trial, moment)
+
+        net[trial.seed % 7].weight.register_hook(die)
+    while True:
+        try:
+            model(x).sum().backward()
+        except Exception as error:
+            now, name, text = time.monotonic(), type(error).__name__, str(error)
+            # Between hosts torch's reducer holds a future, and its C++ makes our error a RuntimeError that quotes it.
+            quoted = re.search(r"callback: (\w+): (.*)", text) if name == "RuntimeError" else None
+            return (*quoted.groups(), now) if quoted else (name, text, now)
 
 
 def member(rank: Rank, trial: Trial, moment: mmap.mmap) -> tuple[str, str, float]:
@@ -146,7 +176,9 @@ def member(rank: Rank, trial: Trial, moment: mmap.mmap) -> tuple[str, str, float
         while True:
             signal.pause()
     if rank.rank == trial.victim:
-        threading.Thread(target=suffer, args=(trial, moment), daemon=True).start()
+        timer = threading.Timer(trial.delay_s, suffer, (trial, moment))
+        timer.daemon = True
+        timer.start()
     chance = random.Random(trial.seed)
     while True:
         operation = operations(comm, chance)
@@ -164,7 +196,7 @@ def run_trial(trial: Trial) -> Result:
     moment = mmap.mmap(-1, 8)
     outcomes = rank_outcomes(
         trial.world_size,
-        member,
+        backward_member if trial.fault == "backward" else member,
         trial,
         moment,
         timeout_s=HANG_S,
@@ -172,7 +204,7 @@ def run_trial(trial: Trial) -> Result:
     )
     (at,) = struct.unpack("d", moment[:8])
     troubles, late_s = [], 0.0
-    expected = "PeerLost" if trial.fault == "kill" else "Timeout"
+    expected = "Timeout" if trial.fault == "stop" else "PeerLost"
     for outcome in outcomes:
         if outcome.rank == trial.victim:
             continue
@@ -189,7 +221,7 @@ def run_trial(trial: Trial) -> Result:
             troubles.append(f"{who} raised {name}: {text}")
         if raised - at > trial.limit_s:
             troubles.append(f"{who} raised {raised - at:.2f} s after the {trial.fault}: {text}")
-        if not PLACE.search(text) or (trial.fault == "kill" and f"rank {trial.victim} (" not in text):
+        if not PLACE.search(text) or (expected == "PeerLost" and f"rank {trial.victim} (" not in text):
             troubles.append(f"{who} does not say where or who: {text}")
     left = set(os.listdir("/dev/shm")) - names_before
     if any("paracomm" in name for name in left):
@@ -202,7 +234,7 @@ def run_trial(trial: Trial) -> Result:
 def summarise(results: list[Result]) -> list[dict[str, object]]:
     """One row a fault and transport."""
     rows: list[dict[str, object]] = []
-    for fault in ("kill", "stop"):
+    for fault in ("kill", "stop", "backward"):
         for transport in TRANSPORTS:
             here = [r for r in results if (r.trial.fault, r.trial.transport) == (fault, transport)]
             if not here:
@@ -235,11 +267,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stops", type=int, default=20)
+    parser.add_argument("--backwards", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=RESULTS, help="file that the JSON line is added to")
     args = parser.parse_args()
     start, results = time.monotonic(), []
-    for trial in make_trials(args.kills, args.stops, args.seed):
+    for trial in make_trials(args.kills, args.stops, args.backwards, args.seed):
         results.append(run_trial(trial))
         for trouble in results[-1].troubles:
             print(f"FAILED {trial}: {trouble}", flush=True)

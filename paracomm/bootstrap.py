@@ -116,9 +116,7 @@ def fresh_store(store: Any, rank: int, world_size: int, limit: timedelta) -> Any
         if all(bytes(store.get(digest)).decode() == mine for digest in digests):
             return dist.PrefixStore(mine, store)
         if time.monotonic() > deadline:
-            raise Timeout(
-                f"rank {rank} did not meet all {world_size} ranks in the Store in {limit.total_seconds():g} s"
-            )
+            raise Timeout(f"rank {rank} met not all {world_size} ranks in the Store in {limit.total_seconds():g} s")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.05)
 

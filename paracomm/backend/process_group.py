@@ -152,11 +152,12 @@ class ProcessGroup(dist.ProcessGroup):
             opts = _options(dist.AllreduceOptions, reduceOp=opts, timeout=timeout)
         if isinstance(tensors, Tensor):
             tensors = [tensors]
-        waits = not opts.asyncOp or (not self._between_hosts and _asked_by_reducer())
+        asks_async = getattr(opts, "asyncOp", True)  # torch 2.6 does not say: it waits for the Work itself
+        waits = not asks_async or (not self._between_hosts and _asked_by_reducer())
         if waits and len(tensors) == 1 and not _profiler_enabled() and not opts.timeout > _NO_TIME:
             try:
                 if self._fast(tensors[0], op_name(opts.reduceOp), None):
-                    return Work([], list(tensors), None, self._publisher) if opts.asyncOp else COMPLETED
+                    return Work([], list(tensors), None, self._publisher) if asks_async else COMPLETED
             except InvalidArgument:
                 pass  # it takes dense tensors of its own dtypes only
         return self._all_reduce(tensors, opts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -46,6 +47,8 @@ class Work(dist.Work):
         self._settled = False
         self._error: BaseException | None = None
         self._future: Any = None
+        if _FORGETFUL:
+            _unsettled.add(self)
 
     # torch's C++ calls these two through its trampoline, Python calls them all.
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -125,6 +128,9 @@ class Work(dist.Work):
                 self._error = error
             self._settled = True
             self._finish = None
+            if _FORGETFUL:
+                _unsettled.discard(self)
+                _settled_last.append(self)  # every tensor of a coalesced functional collective waits for the same Work
         finally:
             self._waiting.release()
 
@@ -216,5 +222,9 @@ class Past:
         return True
 
 
+# torch 2.6 lets the Python half of a Work go while C++ holds the other, and then waits without end; 2.13 keeps it.
+_FORGETFUL = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+_unsettled: set[Work] = set()
+_settled_last: deque[Work] = deque(maxlen=16)
 _futures = threading.Lock()
 COMPLETED = _Completed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 import signal
@@ -120,7 +121,7 @@ def test_what_the_dead_left_in_a_store() -> None:
         first, second = (list(threads.map(meet, range(2))) for _ in range(2))
     assert first[0] == first[1] and second[0] == second[1] and first[0] != second[0]
     shared.set_timeout(timedelta(seconds=0.2))
-    with pytest.raises(Timeout, match="rank 0 did not meet"):
+    with pytest.raises(Timeout, match="rank 0 met not all 2"):
         fresh_store(shared, 0, 2, timedelta(seconds=0.2))
 
 
@@ -145,7 +146,7 @@ def timeouts(rank: Rank) -> None:
         assert 0.25 < time.monotonic() - start < 5
     dist.barrier()
     brief = dist.new_group()
-    if rank.rank == 0:
+    if rank.rank == 0 and "timeout" in inspect.signature(dist.barrier).parameters:  # not in torch 2.6
         with pytest.raises(Timeout, match=r"0\.2 s"):
             dist.barrier(brief, timeout=timedelta(seconds=0.2))
     dist.barrier()

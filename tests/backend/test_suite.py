@@ -1,4 +1,4 @@
-"""PyTorch's own distributed tests: a few of them here, the whole by `make slow` and `python bench/torch_suite.py`."""
+"""PyTorch's own distributed tests: a few of them here, all by `make slow` and by `python bench/torch_suite.py`."""
 
 from __future__ import annotations
 

@@ -18,5 +18,5 @@ def test_survivors_raise(fault: str, transport: str) -> None:
 
 @pytest.mark.parametrize("number", range(6))
 def test_random_kills(number: int) -> None:
-    trial = random.Random(number).choice(make_trials(24, 0, seed=number))
+    trial = random.Random(number).choice(make_trials(24, 0, 0, seed=number))
     assert run_trial(trial).troubles == []
