@@ -327,11 +327,18 @@ bool Communicator::learns_cause() const {
   return true;
 }
 
-void Communicator::abort(const std::string& why) { fail(Error(ErrorKind::error, why), true); }
+void Communicator::abort(const std::string& why) {
+  check_process();
+  fail(Error(ErrorKind::error, why), true);
+}
 
-void Communicator::check() const {
+void Communicator::check_process() const {
   if (generation_ != fork_generation())
     throw Error(ErrorKind::error, "this communicator belongs to the parent process; a forked child cannot use it");
+}
+
+void Communicator::check() const {
+  check_process();
   if (interruption_.stop.load(std::memory_order_acquire)) throw_failure("rank " + std::to_string(rank_));
 }
 
@@ -419,8 +426,6 @@ Job Communicator::prepare(const Call& call, bool idle) {
   if (interruption_.stop.load(std::memory_order_acquire))
     throw_failure(known ? where(*programs_[static_cast<size_t>(call.program)], sequence_ + 1)
                         : "rank " + std::to_string(rank_));
-  if (generation_ != fork_generation())
-    throw Error(ErrorKind::error, "this communicator belongs to the parent process; a forked child cannot use it");
   if (!known) throw Error(ErrorKind::invalid_argument, "no program " + std::to_string(call.program));
   const Program& program = *programs_[static_cast<size_t>(call.program)];
   Job job;
@@ -472,8 +477,14 @@ void Communicator::run_job(Job& job) {
   }
 }
 
-void Communicator::run(const Call& call) { queue_->run(call); }
-std::shared_ptr<Work> Communicator::submit(const Call& call) { return queue_->submit(call); }
+void Communicator::run(const Call& call) {
+  check_process();
+  queue_->run(call);
+}
+std::shared_ptr<Work> Communicator::submit(const Call& call) {
+  check_process();
+  return queue_->submit(call);
+}
 
 std::shared_ptr<Work> Communicator::send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s,
                                          int tag) {

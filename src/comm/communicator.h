@@ -124,6 +124,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// `idle`: no job is queued or running, so that plans may be dropped.
   const Plan& plan(const Call& call, bool idle);
   Job prepare(const Call& call, bool idle);
+  /// Throws in a forked child, before it can wait for a lock that no thread of it will ever give back.
+  void check_process() const;
   /// "all_reduce[ring] #7 rank 3 (hostB)".
   std::string where(const Program& program, uint32_t sequence) const;
   void run_job(Job& job);

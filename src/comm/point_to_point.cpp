@@ -24,6 +24,7 @@ std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType d
     throw Error(ErrorKind::invalid_argument, std::string(send ? "send to" : "recv from") + " rank " +
                                                  std::to_string(peer) + " on rank " + std::to_string(comm_.rank()) +
                                                  " of " + std::to_string(comm_.world_size()));
+  comm_.check_process();
   auto work = std::make_shared<Work>(shared_from_this());
   Transfer transfer;
   transfer.work = work;
@@ -301,6 +302,7 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
 }
 
 void PointToPoint::finish(Work& work, double timeout_s) {
+  comm_.check_process();
   const Deadline deadline = Deadline::after(timeout_s);
   std::unique_lock lock(mutex_);
   each_transfer([&](int, Transfer& t, bool) {

@@ -74,6 +74,7 @@ void CollectiveQueue::run_front(std::unique_lock<std::mutex>& lock) {
 }
 
 void CollectiveQueue::finish(Work& work, double timeout_s) {
+  comm_.check_process();
   const Deadline deadline = Deadline::after(timeout_s);
   std::unique_lock lock(mutex_);
   struct Waiter {
