@@ -7,12 +7,14 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from paracomm import background
 from paracomm.errors import Timeout
 
 
@@ -167,17 +169,19 @@ class Publisher:
 
     def _serve(self) -> None:
         while True:
-            with self._lead:
-                work, trigger = self._queue.get()
-                work._settle(None)
-                with self._count:
-                    self._spare -= 1
-            if not self._queue.empty():
-                self._provide()
-            try:
-                trigger.set_result(None)
-            finally:
-                del work, trigger
+            with ExitStack() as stack:
+                with self._lead:
+                    work, trigger = self._queue.get()
+                    stack.enter_context(background.busy())
+                    work._settle(None)
+                    with self._count:
+                        self._spare -= 1
+                if not self._queue.empty():
+                    self._provide()
+                try:
+                    trigger.set_result(None)
+                finally:
+                    del work, trigger
             with self._count:
                 self._spare += 1
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from paracomm import _C
+from paracomm import _C, background
 from paracomm.comm import programs
 from paracomm.comm.arrays import DTYPE_NAMES, View, arena_array, assign, contiguous, empty_like, native, view
 from paracomm.comm.work import Work
@@ -27,6 +27,7 @@ _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 def _close_all() -> None:
     for comm in list(_open):
         comm.close()
+    background.wait_until_idle()
 
 
 class Communicator:

@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from paracomm import background
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 LOOK_EVERY_S = 0.1
 LONGEST_PAUSE_S = 1e-3
@@ -49,14 +51,15 @@ class Lane:
     @torch.no_grad()
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
-            job, outcome, raised = item
-            result = None
-            try:
-                result = job()
-            except BaseException as error:
-                raised.append(error)
-            outcome.set_result(result)
-            del job, outcome, raised, result, item  # an idle lane keeps no bucket alive
+            with background.busy():
+                job, outcome, raised = item
+                result = None
+                try:
+                    result = job()
+                except BaseException as error:
+                    raised.append(error)
+                outcome.set_result(result)
+                del job, outcome, raised, result, item  # an idle lane keeps no bucket alive
 
     def close(self) -> None:
         """Ends the thread after what was submitted."""
