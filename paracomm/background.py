@@ -1,8 +1,8 @@
 """Threads of ours in Python, and the end of the interpreter.
 
-From a certain moment on the interpreter ends every other thread that asks for its lock, by unwinding the thread's stack.
-Frames of C++ that may not throw, as torch's that complete a future or release a tensor, then end the process: "terminate
-called without an active exception". A thread that is `busy` is waited for before that moment.
+From a certain moment on the interpreter ends every other thread that asks for its lock, by unwinding the thread's
+stack. Frames of C++ that may not throw, as torch's that complete a future or release a tensor, then end the process:
+"terminate called without an active exception". A thread that is `busy` is waited for before that moment.
 """
 
 from __future__ import annotations
