@@ -1,7 +1,8 @@
-"""What every test gets: an end (nothing hangs), one thread a rank, and a count of skips with their reasons."""
+"""What every test gets: an end (nothing hangs), one thread a rank, torch's seed, and a count of skips with reasons."""
 
 import faulthandler
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,6 +20,13 @@ def end_of_time(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> 
     faulthandler.dump_traceback_later(TEST_LIMIT_S, exit=True, file=pytestconfig.stash[_stderr])
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What fails once fails again: the random numbers of a test that sets no seed of its own."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 _stderr: pytest.StashKey = pytest.StashKey()
