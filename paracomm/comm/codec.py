@@ -17,10 +17,10 @@ _FLOAT32, _UINT8 = _C.DTYPES["float32"], _C.DTYPES["uint8"]
 
 @dataclass(frozen=True)
 class BlockCodec:
-    """Blocks of `block` elements at `bits` bits: |x - decode(encode(x))| <= scale / 2, with the scale of x's block.
+    """Blocks of `block` elements at `bits` bits: |x - decode(encode(x))| <= `error` * the block's largest magnitude.
 
-    A block's scale is its largest magnitude / 127 (8 bits) or / 7 (4 bits). A block with an infinity or a NaN decodes
-    to NaN throughout; one whose largest magnitude is below 127 (or 7) * 2^-126 decodes to zeros.
+    A level q of 8 bits stands for q / 127 of the largest magnitude, one of 4 bits for q |q| / 49. A block with an
+    infinity or a NaN decodes to NaN throughout; one whose largest magnitude is below `top` * 2^-126 decodes to zeros.
 
     Raises InvalidArgument unless bits is 8 or 4 and block a multiple of 32 up to 1024.
     """
@@ -32,9 +32,14 @@ class BlockCodec:
         _C.block_bytes(self.bits, self.block)
 
     @property
-    def levels(self) -> int:
-        """The largest integer."""
-        return 127 if self.bits == 8 else 7
+    def top(self) -> int:
+        """The integer that a block's largest magnitude becomes, in units of the scale."""
+        return 127 if self.bits == 8 else 49
+
+    @property
+    def error(self) -> float:
+        """The most that an element is off, as a share of its block's largest magnitude: 1/254, or 13/98 (4 bits)."""
+        return (0.5 if self.bits == 8 else 6.5) / self.top
 
     def blocks(self, count: int) -> int:
         """How many blocks hold `count` elements."""

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_NORMAL = 2.0**-126
+MIDDLES = torch.tensor([k * k + k + 0.5 for k in range(7)])
+"""Between the squares of k and k + 1: where 4 bits take the next level."""
 
 
 class TorchCodec:
@@ -17,7 +19,7 @@ class TorchCodec:
 
     def __init__(self, bits: int, block: int) -> None:
         self.bits, self.block = bits, block
-        self.levels = 127 if bits == 8 else 7
+        self.top = 127 if bits == 8 else 49
 
     @torch.no_grad()
     def encode(
@@ -35,35 +37,42 @@ class TorchCodec:
         y_BK = F.pad(y, (0, rows.shape[0] * self.block - y.numel())).view(-1, self.block)
         largest = y_BK.abs().amax(1, keepdim=True)
         finite = largest.isfinite()
-        scale = largest / self.levels
+        scale = largest / self.top
         scale = torch.where(scale < LEAST_NORMAL, 0.0, scale)
-        overflows = (scale * self.levels).isinf()
+        overflows = (scale * self.top).isinf()
         scale = torch.where(overflows, torch.nextafter(scale, torch.zeros_like(scale)), scale)
-        inverse = torch.where((scale > 0) & finite, self.levels / largest, 0.0)
-        q_BK = torch.where(finite, torch.round(y_BK * inverse), 0.0)
+        inverse = torch.where((scale > 0) & finite, self.top / largest, 0.0)
+        scaled = torch.where(finite, y_BK * inverse, 0.0)
+        q_BK = torch.round(scaled) if self.bits == 8 else torch.bucketize(scaled.abs(), MIDDLES.to(x.device))
+        if self.bits == 4:
+            q_BK = q_BK * scaled.sign()
         if kept is not None:
-            lost = torch.where(finite, (y_BK - q_BK * scale) * divisor, 0.0)
+            lost = torch.where(finite, (y_BK - self._whole(q_BK) * scale) * divisor, 0.0)
             kept.copy_(lost.flatten()[: kept.numel()])
         scale = torch.where(finite, scale, torch.nan)
         rows[:, :4] = scale.view(torch.uint8)
-        whole = q_BK.to(torch.int32)
+        stored = q_BK.to(torch.int32)
         if self.bits == 4:
-            low, high = (whole + 8).chunk(2, dim=1)
-            whole = low | high << 4
-        rows[:, 4:] = (whole & 255).to(torch.uint8)
+            low, high = (stored + 8).chunk(2, dim=1)
+            stored = low | high << 4
+        rows[:, 4:] = (stored & 255).to(torch.uint8)
 
     @torch.no_grad()
     def decode(self, message: Tensor, out: Tensor, *, add: bool = False) -> None:
         """See BlockCodec.decode."""
         rows = message.view(-1, 4 + self.block * self.bits // 8)
         scale = rows[:, :4].contiguous().view(torch.float32)
-        levels = rows[:, 4:]
+        stored = rows[:, 4:]
         if self.bits == 8:
-            whole = levels.contiguous().view(torch.int8).float()
+            q_BK = stored.contiguous().view(torch.int8).float()
         else:
-            whole = torch.cat([(levels & 15).float(), (levels >> 4).float()], dim=1) - 8
-        decoded = (whole * scale).flatten()[: out.numel()]
+            q_BK = torch.cat([(stored & 15).float(), (stored >> 4).float()], dim=1) - 8
+        decoded = (self._whole(q_BK) * scale).flatten()[: out.numel()]
         if add:
             out += decoded
         else:
             out.copy_(decoded)
+
+    def _whole(self, q: Tensor) -> Tensor:
+        """What levels stand for, in units of the scale."""
+        return q if self.bits == 8 else q * q.abs()

@@ -36,9 +36,10 @@ BLOCKS = {8: 256, 4: 64}
 class QuantizedState(HookState):
     """Quantisation to `bits` (8 or 4) in blocks of `block` elements (None: 256 or 64).
 
-    With the gradient g and the residual e of each rank: |result - mean(g + e)| <= mean over the other ranks of their
-    scale / 2, plus the mean's own scale / 2; a scale is the largest magnitude of the element's block / 127 (int8) or
-    / 7 (int4). An infinity or a NaN makes its block NaN on every rank, and leaves the residuals finite.
+    With the gradient g and the residual e of each rank: |result - mean(g + e)| <= mean over the other ranks of what
+    their messages are off, plus what the mean's own message is off; a message is off by 1/254 (int8) or 13/98 (int4) of
+    the largest magnitude of the element's block, and by 1/98 of it (int4) where the element is next to zero. An
+    infinity or a NaN makes its block NaN on every rank, and leaves the residuals finite.
 
     Raises InvalidArgument for other bits or blocks.
     """

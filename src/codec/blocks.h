@@ -20,8 +20,9 @@ constexpr float kGreatest = 0x1.fffffep127f;
 constexpr float kRounder = 12582912.0f;
 constexpr int32_t kRounderBits = 0x4b400000;
 
+/// What the largest magnitude of a block becomes, in units of its scale.
 template <int kBits>
-constexpr int kLevels = kBits == 8 ? 127 : 7;
+constexpr int kTop = kBits == 8 ? 127 : 49;
 
 struct Scale {
   float scale, inverse;
@@ -30,14 +31,14 @@ struct Scale {
 
 template <int kBits>
 PARACOMM_INLINE Scale scale_of(int32_t largest_bits) {
-  constexpr float levels = kLevels<kBits>;
+  constexpr float top = kTop<kBits>;
   if (static_cast<uint32_t>(largest_bits) >= kInfinityBits) return {__builtin_nanf(""), 0.0f, false};
   const float largest = bits_as<float>(largest_bits);
-  float scale = largest / levels;
+  float scale = largest / top;
   if (scale < kLeastNormal) return {0.0f, 0.0f, true};
   // The greatest floats: rounded up, the scale would decode to infinity.
-  if (!(scale * levels <= kGreatest)) scale = bits_as<float>(bits_as<int32_t>(scale) - 1);
-  return {scale, levels / largest, true};
+  if (!(scale * top <= kGreatest)) scale = bits_as<float>(bits_as<int32_t>(scale) - 1);
+  return {scale, top / largest, true};
 }
 
 /// y = (x + residual) / divisor into `y`; returns the bits of the largest magnitude, at least kInfinityBits where one
@@ -57,13 +58,25 @@ PARACOMM_INLINE int32_t prepare(const float* x, const float* residual, float div
   return result;
 }
 
-/// The integers of one vector of y; writes what they lose.
+/// The integers of one vector of y, as they are stored; writes what they lose.
+template <int kBits>
 PARACOMM_INLINE Ints quantise(const float* y, size_t i, const Scale& scale, float divisor, float* residual_out) {
-  const Floats value = load<Floats>(y + i);
-  const Floats shifted = value * scale.inverse + kRounder;
+  const Floats value = load<Floats>(y + i), scaled = value * scale.inverse;
+  Ints level, whole;  // whole: in units of the scale
+  if constexpr (kBits == 8) {
+    level = whole = bits_as<Ints>(static_cast<Floats>(scaled + kRounder)) - kRounderBits;
+  } else {
+    const auto magnitude = bits_as<Floats>(static_cast<Ints>(bits_as<Ints>(scaled) & 0x7fffffff));
+    level = Ints{};
+    for (int k = 0; k < 7; ++k)  // a comparison that holds is -1
+      level -= magnitude > static_cast<float>(k * k + k) + 0.5f;
+    const Ints sign = bits_as<Ints>(value) >> 31;
+    whole = ((level * level) ^ sign) - sign;
+    level = (level ^ sign) - sign;
+  }
   if (residual_out)
-    store(residual_out + i, static_cast<Floats>((value - (shifted - kRounder) * scale.scale) * divisor));
-  return bits_as<Ints>(shifted) - kRounderBits;
+    store(residual_out + i, static_cast<Floats>((value - convert<float, kLanes>(whole) * scale.scale) * divisor));
+  return level;
 }
 
 template <int kBits>
@@ -80,11 +93,11 @@ void encode(const float* x, const float* residual, float divisor, size_t block, 
       if (residual_out) __builtin_memset(residual_out, 0, block * sizeof *residual_out);
     } else if constexpr (kBits == 8) {
       for (size_t i = 0; i < block; i += kLanes)
-        store(out + i, convert<uint8_t, kLanes>(quantise(y, i, scale, divisor, residual_out)));
+        store(out + i, convert<uint8_t, kLanes>(quantise<8>(y, i, scale, divisor, residual_out)));
     } else {
       for (size_t i = 0; i < half; i += kLanes) {
-        const Ints low = quantise(y, i, scale, divisor, residual_out) + 8;
-        const Ints high = quantise(y, half + i, scale, divisor, residual_out) + 8;
+        const Ints low = quantise<4>(y, i, scale, divisor, residual_out) + 8;
+        const Ints high = quantise<4>(y, half + i, scale, divisor, residual_out) + 8;
         store(out + i, convert<uint8_t, kLanes>(static_cast<Ints>(low | high << 4)));
       }
     }
@@ -97,6 +110,12 @@ void encode(const float* x, const float* residual, float divisor, size_t block, 
 
 PARACOMM_INLINE void put(float* out, Floats value, bool add) {
   store(out, add ? static_cast<Floats>(load<Floats>(out) + value) : value);
+}
+
+/// The value of stored 4 bits, in units of the scale: the square of the level, with its sign.
+PARACOMM_INLINE Floats squared(Ints stored) {
+  const Ints level = stored - 8, sign = level >> 31;
+  return convert<float, kLanes>(static_cast<Ints>(((level * level) ^ sign) - sign));
 }
 
 template <int kBits>
@@ -113,8 +132,8 @@ void decode(const uint8_t* in, size_t block, size_t blocks, bool add, float* out
     } else {
       for (size_t i = 0; i < half; i += kLanes) {
         const auto both = convert<int32_t, kLanes>(load<Bytes>(in + i));
-        put(out + i, convert<float, kLanes>(static_cast<Ints>((both & 15) - 8)) * scale, add);
-        put(out + half + i, convert<float, kLanes>(static_cast<Ints>((both >> 4) - 8)) * scale, add);
+        put(out + i, squared(both & 15) * scale, add);
+        put(out + half + i, squared(both >> 4) * scale, add);
       }
     }
     in += block * kBits / 8;

@@ -73,7 +73,7 @@ float draw(std::mt19937& random, int kind) {
 
 void check_block(const BlockFormat& format, const std::vector<float>& y, float divisor, const uint8_t* block,
                  const float* decoded, const float* kept) {
-  const int levels = format.bits == 8 ? 127 : 7;
+  const int levels = format.bits == 8 ? 127 : 7, top = format.bits == 8 ? 127 : 49;
   bool finite = true;
   float largest = 0;
   for (float value : y) finite &= std::isfinite(value), largest = std::fmax(largest, std::fabs(value));
@@ -84,14 +84,16 @@ void check_block(const BlockFormat& format, const std::vector<float>& y, float d
       CHECK(std::isnan(decoded[i]) && kept[i] == 0);
       continue;
     }
-    if (largest < levels * 0x1p-126f) {
+    if (largest < static_cast<float>(top) * 0x1p-126f) {
       CHECK(decoded[i] == 0 && kept[i] == y[i] * divisor);
       continue;
     }
     const int level = stored_level(format, block, i);
     CHECK(std::abs(level) <= levels);
-    CHECK(decoded[i] == static_cast<float>(level) * scale && std::isfinite(decoded[i]));
-    CHECK(std::fabs(double{y[i]} - decoded[i]) <= 0.5001 * double{scale});
+    const int value = format.bits == 8 ? level : level * std::abs(level);
+    CHECK(decoded[i] == static_cast<float>(value) * scale && std::isfinite(decoded[i]));
+    const double allowed = format.bits == 8 ? 0.5001 : std::min(std::abs(level) + 0.5001, 6.5001);
+    CHECK(std::fabs(double{y[i]} - decoded[i]) <= allowed * double{scale});
     CHECK(kept[i] == (y[i] - decoded[i]) * divisor);
   }
 }

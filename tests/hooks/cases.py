@@ -104,8 +104,8 @@ def rounded(unit: float) -> Bound:
     return check
 
 
-def levels(count: int) -> Bound:
-    """Both quantisations err by half a step of the largest magnitude at most."""
+def levels(count: float) -> Bound:
+    """Both quantisations err by half a step of the largest magnitude at most, of which there are `count`."""
 
     def check(truth: Truth, name: str, result: Tensor) -> None:
         within(1.01 * truth.largest() / count, result, truth.mean[name], name)
@@ -147,7 +147,7 @@ BOUNDS: dict[str, tuple[Bound, float | None]] = {
     "fp16": (rounded(2.0**-11), STEPS * 2.0**-10),
     "bf16": (rounded(2.0**-8), STEPS * 2.0**-7),
     "int8": (levels(127), 1e-4),
-    "int4": (levels(7), 1e-4),
+    "int4": (levels(49 / 13), 1e-4),
     "topk": (kept_largest, 1e-4),
     "powersgd": (exact, 1e-4),
     "batched_powersgd": (not_larger, 1e-4),
