@@ -64,7 +64,7 @@ test-python: $(VENV)/.dev $(VENV)/.built
 	$(PY) -m pytest -q $(TEST_ARGS)
 
 slow: $(VENV)/.dev $(VENV)/.built
-	$(PY) -m pytest -q -m slow $(TEST_ARGS)
+	$(PY) -m pytest -q -m slow --durations=12 $(TEST_ARGS)
 
 bench: $(VENV)/.built
 	$(PY) -m paracomm bench all_reduce --ranks $(RANKS) --sizes 8:64M --memory private,arena \
