@@ -26,6 +26,6 @@ def test_some() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_all(world_size: int) -> None:
-    assert "PASS " in run("--worlds", str(world_size), timeout_s=800)
+def test_all() -> None:
+    """At world 4, where more of its tests run than at 2; `bench/torch_suite.py` runs both."""
+    assert "PASS " in run("--worlds", "4", timeout_s=800)
