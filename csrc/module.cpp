@@ -5,4 +5,5 @@ PYBIND11_MODULE(_C, m) {
   register_core(m);
   register_comm(m);
   register_codec(m);
+  register_random(m);
 }

@@ -49,6 +49,7 @@ CPP_ROOMS = {
     "core": set(),
     "reduce": {"core"},
     "codec": {"core", "reduce"},
+    "random": {"reduce"},
     "transport": {"core"},
     "schedule": {"core"},
     "executor": {"core", "reduce", "transport", "schedule"},
