@@ -140,7 +140,7 @@ class Communicator:
         if algorithm is None:
             return self._choose(collective, root, nbytes)
         if isinstance(algorithm, str):
-            params = {"hosts": self.host_indices} if algorithm == "hierarchical" else {}
+            params = {"hosts": self.host_indices} if algorithm in ("hierarchical", "ordered") else {}
             algorithm = build(collective, algorithm, self.world_size, root, **params)
         if algorithm.collective != collective:
             raise InvalidArgument(f"{collective} was given a schedule of {algorithm.collective}")
