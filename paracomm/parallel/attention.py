@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from paracomm.errors import InvalidArgument
+from paracomm.errors import Error, InvalidArgument
 from paracomm.parallel import rng
 
 # Of attention's place in a batch: positions take 20 bits each, rows times heads what is left of 63.
@@ -174,8 +174,7 @@ def _scores(
 
 def _keep(rule: Rule, like_BHTS: Tensor, q_positions_T: Tensor, k_positions_S: Tensor) -> Tensor:
     """keep / (1 - p), of `like`'s shape and dtype: what dropout multiplies with, a function of the global element."""
-    if rule.dropout is None or rule.place is None:
-        raise InvalidArgument("attention: dropout needs a Place, expected a call inside `with rng.at(place)`")
+    assert rule.dropout is not None and rule.place is not None
     stream, p, head_offset, heads_total = rule.dropout
     B, H = like_BHTS.shape[:2]
     if len(rule.place.rows) != B:
@@ -183,8 +182,7 @@ def _keep(rule: Rule, like_BHTS: Tensor, q_positions_T: Tensor, k_positions_S: T
     heads_H = torch.arange(head_offset, head_offset + H)
     lines_BH = rule.place.rows[:, None] * heads_total + heads_H
     base_BHT = (lines_BH[:, :, None] << 2 * POSITION_BITS) + (q_positions_T << POSITION_BITS)
-    with rng.at(rule.place):
-        keep_BHTS = rng.keep_mask(stream, base_BHT, k_positions_S, p)
+    keep_BHTS = rng.keep_mask(stream, base_BHT, k_positions_S, p, rule.place)
     return keep_BHTS.to(like_BHTS.dtype).mul_(1 / (1 - p))
 
 
@@ -229,7 +227,7 @@ def attention(
         dropout: of the weights; masks follow from the current Place, which `rng.at(place)` sets.
         key_mask: bool [B, S], False for a key that nobody sees. A query that sees none has an out of 0.
 
-    Raises InvalidArgument for shapes that do not fit, and for dropout outside of a Place.
+    Raises InvalidArgument for shapes that do not fit, and Error for dropout outside of a Place.
     """
     check_shapes(q_BHTK, k_BGSK, v_BGSK, q_positions, k_positions, key_mask)
     scale = q_BHTK.shape[-1] ** -0.5 if scale is None else scale
@@ -273,7 +271,7 @@ class Attention(nn.Module):
         if not 0.0 <= p < 1.0:
             raise InvalidArgument(f"Attention: dropout p is {p}, expected 0 <= p < 1")
         self.p = p
-        self.stream = 0
+        self.stream: int | None = None
         self.head_part: tuple[int, int] | None = None
 
     def forward(
@@ -282,7 +280,7 @@ class Attention(nn.Module):
         """out_BHTK. q's positions are the current Place's, or 0..T-1 outside of one; so are k's where S = T, otherwise
         they are 0..S-1. `key_mask`: bool [B, S], see attention()."""
         T, S = q_BHTK.shape[2], k_BGSK.shape[2]
-        q_positions = positions_of(T)
+        q_positions = rng.positions(T)
         k_positions = q_positions if S == T else torch.arange(S)
         out, _ = attention(
             q_BHTK, k_BGSK, v_BGSK, q_positions=q_positions, k_positions=k_positions, causal=causal,
@@ -294,18 +292,10 @@ class Attention(nn.Module):
         """What to drop of a tensor of `heads` heads; None where nothing is dropped now."""
         if not self.training or self.p == 0.0:
             return None
+        if self.stream is None:
+            raise Error("Attention: its dropout has no stream; call rng.name_streams(model) once the model is built")
         offset, total = self.head_part or (0, heads)
         return HeadDropout(self.stream, self.p, offset, total)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
-
-
-def positions_of(T: int) -> Tensor:
-    """The current Place's positions, int64 [T]; 0..T-1 outside of one. InvalidArgument if it has another number."""
-    place = rng.placed()
-    if place is None:
-        return torch.arange(T)
-    if len(place.positions) != T:
-        raise InvalidArgument(f"attention: {T} queries, but the Place has {len(place.positions)} positions")
-    return place.positions

@@ -42,7 +42,6 @@ from paracomm.parallel.attention import (
     block_forward,
     check_shapes,
     finite,
-    positions_of,
 )
 
 Method = Literal["ring", "ulysses"]
@@ -100,13 +99,12 @@ class ContextAttention(Attention):
         T, S = q_BHTK.shape[2], k_BGSK.shape[2]
         q_positions, k_positions = self._positions(T, S, causal)
         check_shapes(q_BHTK, k_BGSK, v_BGSK, q_positions[0], k_positions[0], key_mask)
-        n, me = self.group.world_size, self.group.rank
         key_masks = None if key_mask is None else list(self.group.all_gather(key_mask.contiguous()))
         dropout = self.head_dropout(q_BHTK.shape[1])
         rule = Rule(causal, q_BHTK.shape[-1] ** -0.5, dropout, None if dropout is None else rng.current())
         if self.method == "ulysses":
             return _ulysses(q_BHTK, k_BGSK, v_BGSK, rule, self.group, q_positions, k_positions, key_masks)
-        ring = Ring(self.group, rule, q_positions[me], k_positions, key_masks)
+        ring = Ring(self.group, rule, q_positions[self.group.rank], k_positions, key_masks)
         out: Tensor = _RingAttention.apply(q_BHTK, k_BGSK, v_BGSK, ring)
         return out
 
@@ -116,7 +114,7 @@ class ContextAttention(Attention):
         if causal and T != S:
             raise InvalidArgument(f"ContextAttention: causal attention of {T} queries to {S} keys, expected as many")
         q_positions = [context_positions(n * T, n, rank) for rank in range(n)]
-        if rng.placed() is not None and not torch.equal(positions_of(T), q_positions[me]):
+        if rng.placed() is not None and not torch.equal(rng.positions(T), q_positions[me]):
             raise InvalidArgument(
                 f"ContextAttention rank {me} of {n}: the Place's positions are not context_positions({n * T}, {n}, "
                 f"{me})"

@@ -12,7 +12,7 @@ import torch
 from ranks import Rank, run_ranks
 from torch import Tensor
 
-from paracomm.errors import InvalidArgument
+from paracomm.errors import Error, InvalidArgument
 from paracomm.parallel import rng
 from paracomm.parallel.attention import POSITION_BITS, Attention, attention
 from paracomm.parallel.context import ContextAttention, context_positions
@@ -157,7 +157,10 @@ def test_bfloat16_is_within_twice_the_error_of_torch(masked) -> None:
 def test_dropout_is_off_in_evaluation_and_needs_a_place_in_training() -> None:
     q, k, v, _ = inputs(1, 2, 2, 4, 4, 4)
     core = Attention(P)
-    with pytest.raises(Exception, match=r"[Pp]lace"):
+    with pytest.raises(Error, match="no stream"):
+        core(q, k, v)
+    core.stream = STREAM
+    with pytest.raises(Error, match="Place"):
         core(q, k, v)
     assert torch.equal(core.eval()(q, k, v), Attention()(q, k, v))
 
