@@ -70,7 +70,7 @@ def at(place: Place | None) -> Iterator[None]:
         _place.reset(token)
 
 
-def peek() -> Place | None:
+def placed() -> Place | None:
     """The Place set by the innermost `at`, None outside of any."""
     return _place.get()
 
