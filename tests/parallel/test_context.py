@@ -281,6 +281,20 @@ def check_bfloat16(rank: Rank, method: str) -> None:
         assert (a - parts_of(c, n, me)).abs().max() <= 2 * (b - c).abs().max()
 
 
+def check_hidden_sequence(rank: Rank, method: str) -> None:
+    comm = rank.connect()
+    q, k, v, grad = inputs(2, 2 * comm.world_size, 2 * comm.world_size, 4, 4, 4)
+    key_mask = torch.tensor([[True] * 4, [False] * 4])
+    ours = ContextAttention(Attention(), comm, method)
+    for x in with_gradients(lambda *x: ours(*x, causal=False, key_mask=key_mask), q, k, v, grad):
+        assert x.isfinite().all() and x[0].any() and not x[1].any()
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_a_sequence_without_keys_is_zero(method) -> None:
+    run_ranks(2, check_hidden_sequence, method)
+
+
 @pytest.mark.parametrize("method", ["ring", "ulysses"])
 def test_bfloat16_over_ranks(method) -> None:
     run_ranks(2, check_bfloat16, method)
