@@ -1,0 +1,395 @@
+"""Tensor parallelism: layers whose weights lie on the ranks of a group by columns, rows or vocabulary.
+
+    ColumnLinear         y_r = x W_r^T + b_r       W by output features; y stays on its rank
+    RowLinear            y = sum_r z_r W_r^T + b   W by input features; z_r came from a column layer
+    VocabularyEmbedding  rows of the table
+    VocabularyHead       rows of the table; logits, or the loss with no rank ever holding a whole row of logits
+
+Each takes a plain module's place under the same parameter names; paracomm.parallel.plan puts them there. Activations
+between layers are whole on every rank or, with sequence parallelism, sharded in T; see paracomm.parallel.sequence for
+what is sent then. Shapes: B batch, T positions, t = T / ranks, D width, V vocabulary, n, N rows of a matrix.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from paracomm.comm import Communicator
+from paracomm.errors import InvalidArgument
+from paracomm.parallel.loss import vocabulary_loss
+from paracomm.parallel.sequence import Reduction, gather_and_multiply
+
+
+class Region:
+    """What the parallel layers of one model share: the group, and whether activations are sharded in T.
+
+    Args:
+        chunks: pieces of a collective that overlaps with a multiplication; None: by size.
+    """
+
+    def __init__(self, group: Communicator, *, sequence: bool = False, chunks: int | None = None) -> None:
+        if chunks is not None and chunks < 1:
+            raise InvalidArgument(f"chunks is {chunks}, expected None or at least 1")
+        self.group = group
+        self.index: int = group.rank
+        self.size: int = group.world_size
+        self.sequence = sequence and self.size > 1
+        self.chunks = chunks
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, activations are whole on every rank, for lengths that do not divide. Without gradients."""
+        before, self.sequence = self.sequence, False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.sequence = before
+
+    def own(self, T: int) -> slice:
+        """This rank's positions; raises InvalidArgument if the ranks do not divide T."""
+        if T % self.size:
+            raise InvalidArgument(f"sequence parallel: {T} positions do not divide by the {self.size} ranks of tp")
+        t = T // self.size
+        return slice(self.index * t, (self.index + 1) * t)
+
+
+def rows_of(x: Tensor, sequence: bool) -> Tensor:
+    """x [..., D] as a matrix; with `sequence` x is [B, T, D] and the rows are in the order (t, b)."""
+    count = x.shape[:-1].numel()  # not -1, which no features leave open
+    if not sequence:
+        return x.reshape(count, x.shape[-1])
+    if x.dim() != 3:
+        raise InvalidArgument(f"sequence parallel: activations of shape {list(x.shape)}, expected [B, T, D]")
+    return x.transpose(0, 1).reshape(count, x.shape[-1])
+
+
+def shaped(rows: Tensor, shape: torch.Size, sequence: bool) -> Tensor:
+    """The inverse of rows_of() for an x of `shape`, but that with `sequence` T follows from the number of rows."""
+    if not sequence:
+        return rows.view(*shape[:-1], rows.shape[-1])
+    return rows.view(len(rows) // shape[0], shape[0], rows.shape[-1]).transpose(0, 1)
+
+
+# --- linear layers ---
+class _Columns(torch.autograd.Function):
+    """One x through several weights W_i [O_i, D] with biases b_i [O_i] or None, interleaved."""
+
+    @staticmethod
+    def forward(ctx: Any, region: Region, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = cast("tuple[Tensor, ...]", parameters[::2]), parameters[1::2]
+        rows = rows_of(x, region.sequence)
+        if region.sequence:
+            matrices = [weight.t() for weight in weights]
+            rows, products = gather_and_multiply(region.group, rows, matrices, biases, region.chunks)
+        else:
+            products = [F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(rows, *weights)
+        ctx.region, ctx.sequence, ctx.shape = region, region.sequence, x.shape
+        return tuple(shaped(product, x.shape, region.sequence) for product in products)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        region, sequence = ctx.region, ctx.sequence
+        rows, *weights = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        # Every rank takes part in the sum, so that a product nobody used counts as zeros.
+        dys = [
+            rows.new_zeros(rows.shape[0], weight.shape[0]) if dy is None else rows_of(dy, sequence)
+            for dy, weight in zip(grads, weights, strict=True)
+        ]
+        reduction = None
+        if needed[1]:
+            reduction = Reduction(region.group, list(zip(dys, weights, strict=True)), sequence, region.chunks)
+        results: list[Tensor | None] = []
+        for index, (dy, grad) in enumerate(zip(dys, grads, strict=True)):
+            weight_needed, bias_needed = needed[2 + 2 * index : 4 + 2 * index]
+            results.append(dy.t() @ rows if weight_needed and grad is not None else None)
+            results.append(dy.sum(0) if bias_needed and grad is not None else None)
+        dx = None if reduction is None else shaped(reduction.wait(), ctx.shape, sequence)
+        return None, dx, *results
+
+
+class _Row(torch.autograd.Function):
+    """z [..., I_r] through W [O, I_r], summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, region: Region, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        sequence = region.sequence
+        if sequence:
+            region.own(z.shape[1])
+        rows = rows_of(z, sequence)
+        y = Reduction(region.group, [(rows, weight.t())], sequence, region.chunks).wait()
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(rows, weight)
+        ctx.region, ctx.sequence, ctx.shape = region, sequence, z.shape
+        return shaped(y, z.shape, sequence)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        region, sequence = ctx.region, ctx.sequence
+        rows, weight = ctx.saved_tensors
+        _, z_needed, weight_needed, bias_needed = ctx.needs_input_grad
+        dy = rows_of(grad, sequence)
+        db = dy.sum(0) if bias_needed else None
+        dz = None
+        if sequence:
+            dy, (dz,) = gather_and_multiply(region.group, dy, [weight], [None], region.chunks)
+        elif z_needed:
+            dz = dy @ weight
+        dw = dy.t() @ rows if weight_needed else None
+        return None, None if dz is None else shaped(dz, ctx.shape, sequence), dw, db
+
+
+def columns(region: Region, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    """x through several weights [O_i, D] and biases [O_i] or None, interleaved, as column layers that share x."""
+    if region.size == 1:
+        pairs = zip(cast("tuple[Tensor, ...]", parameters[::2]), parameters[1::2], strict=True)
+        return tuple(F.linear(x, weight, bias) for weight, bias in pairs)
+    return cast("tuple[Tensor, ...]", _Columns.apply(region, x, *parameters))
+
+
+class ColumnLinear(nn.Module):
+    """x [..., D] -> this rank's features [..., O_r] of an nn.Linear.
+
+    Layers that share a `shared` list have the same input: the first of them that sees it computes all their outputs, so
+    that x is gathered once, and its gradient summed once.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, region: Region, weight: nn.Parameter, bias: nn.Parameter | None, shared: list[Any]) -> None:
+        super().__init__()
+        self.region = region
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.out_features, self.in_features = weight.shape
+        self._shared = shared
+        self._ready: tuple[Tensor, Tensor] | None = None
+        shared.append(weakref.ref(self))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._ready is not None:
+            seen, y = self._ready
+            self._ready = None
+            if seen is x:
+                return y
+        layers: list[ColumnLinear] = [layer for ref in self._shared if (layer := ref()) is not None]
+        parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        outputs = columns(self.region, x, *parameters)
+        for layer, y in zip(layers, outputs, strict=True):
+            layer._ready = None if layer is self else (x, y)
+        return outputs[layers.index(self)]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features} here, {self.region.size} ranks, {len(self._shared)} shared"
+
+
+class RowLinear(nn.Module):
+    """This rank's features z_r [..., I_r] -> the whole y [..., O] of an nn.Linear; with sequence [B, T / ranks, O]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, region: Region, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.region = region
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, z: Tensor) -> Tensor:
+        y: Tensor = _Row.apply(self.region, z, self.weight, self.bias)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} here -> {self.out_features}, {self.region.size} ranks"
+
+
+# --- vocabulary ---
+class VocabularyEmbedding(nn.Module):
+    """Integer tokens [B, T] (any shape without sequence) -> rows of a table whose rows `first`.. lie here.
+
+    The output is whole, [B, T, D], or, in a sequence-parallel region, [B, T / ranks, D].
+    """
+
+    def __init__(self, region: Region, weight: nn.Parameter, first: int, padding_index: int | None) -> None:
+        super().__init__()
+        self.region = region
+        self.weight = weight
+        self.first = first
+        own = padding_index is not None and 0 <= padding_index - first < len(weight)
+        self.padding_index = padding_index - first if own and padding_index is not None else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        local = tokens - self.first
+        elsewhere = (local < 0) | (local >= len(self.weight))
+        x = F.embedding(local.masked_fill(elsewhere, 0), self.weight, self.padding_index)
+        x = x.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return scatter_sum(x, self.region) if self.region.sequence else reduce_from(x, self.region)
+
+    def extra_repr(self) -> str:
+        return f"rows {self.first}..{self.first + len(self.weight) - 1}, {self.region.size} ranks"
+
+
+class VocabularyHead(nn.Module):
+    """x [..., D] -> logits [..., V] over a table [V, D] whose rows `first`.. lie here, or their loss.
+
+    `sizes` are the numbers of rows of all ranks.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, region: Region, weight: nn.Parameter, bias: nn.Parameter | None, first: int, sizes: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.region = region
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.first = first
+        self.sizes = list(sizes)
+
+    def _local(self, x: Tensor) -> Tensor:
+        return columns(self.region, x, self.weight, self.bias)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gather_last(self._local(x), self.region, self.sizes)
+
+    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of the cross-entropies of targets [...], their count), without targets of -100; see loss.Head."""
+        logits = rows_of(self._local(x), self.region.sequence)
+        targets = targets.transpose(0, 1) if self.region.sequence else targets
+        return vocabulary_loss(logits, targets.reshape(-1), self.region.group, self.first)
+
+    def extra_repr(self) -> str:
+        return f"rows {self.first}..{self.first + len(self.weight) - 1}, {self.region.size} ranks"
+
+
+# --- activations ---
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
+        ctx.region = region
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.region), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
+        return _all_reduce(x, region)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
+        region.own(x.shape[1])
+        ctx.region = region
+        return _reduce_scatter_T(x, region)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_gather_T(grad, ctx.region), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
+        ctx.region = region
+        return x[:, region.own(x.shape[1])].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_gather_T(grad, ctx.region), None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
+        ctx.region = region
+        return _all_gather_T(x, region)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[:, ctx.region.own(grad.shape[1])], None
+
+
+class _GatherLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: Region, sizes: Sequence[int]) -> Tensor:
+        ctx.place = (sum(sizes[: region.index]), sizes[region.index])
+        first = x.movedim(-1, 0).contiguous()
+        return region.group.all_gather_v(first, rows=sizes).movedim(0, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.narrow(-1, *ctx.place), None, None
+
+
+def _all_reduce(x: Tensor, region: Region) -> Tensor:
+    x = x.contiguous()
+    return region.group.all_reduce(x, out=torch.empty_like(x))
+
+
+def _all_gather_T(x_BtD: Tensor, region: Region) -> Tensor:
+    whole_rtBD = region.group.all_gather(x_BtD.transpose(0, 1).contiguous())
+    return whole_rtBD.flatten(0, 1).transpose(0, 1)
+
+
+def _reduce_scatter_T(x_BTD: Tensor, region: Region) -> Tensor:
+    return region.group.reduce_scatter(x_BTD.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+def copy_to(x: Tensor, region: Region) -> Tensor:
+    """x, whose gradients on the ranks are summed in backward."""
+    return x if region.size == 1 else _CopyTo.apply(x, region)
+
+
+def reduce_from(x: Tensor, region: Region) -> Tensor:
+    """The sum of every rank's x; the gradient passes as it is."""
+    return x if region.size == 1 else _ReduceFrom.apply(x, region)
+
+
+def scatter_sum(x_BTD: Tensor, region: Region) -> Tensor:
+    """This rank's positions [B, T / ranks, D] of the sum of every rank's x; gradients are gathered."""
+    return x_BTD if region.size == 1 else _ScatterSum.apply(x_BTD, region)
+
+
+def split(x_BTD: Tensor, region: Region) -> Tensor:
+    """This rank's positions [B, T / ranks, D] of an x that all ranks have; gradients are gathered."""
+    return x_BTD if region.size == 1 else _Split.apply(x_BTD, region)
+
+
+def join(x_BtD: Tensor, region: Region) -> Tensor:
+    """Everybody's positions, [B, T, D]; what follows is the same on all ranks, so that gradients are only cut."""
+    return x_BtD if region.size == 1 else _Join.apply(x_BtD, region)
+
+
+def gather_last(x: Tensor, region: Region, sizes: Sequence[int]) -> Tensor:
+    """Everybody's features, of which rank r has sizes[r], side by side; gradients are only cut."""
+    return x if region.size == 1 else _GatherLast.apply(x, region, sizes)
