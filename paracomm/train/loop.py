@@ -9,13 +9,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from paracomm.errors import Error, InvalidArgument, Mismatch
 from paracomm.models.gpt import GPT, next_byte_loss
 from paracomm.parallel.bucket import MIB
+from paracomm.parallel.rng import Place, at
 from paracomm.train.checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from paracomm.train.config import DTYPES, TrainConfig
 from paracomm.train.data import Corpus, batch, evaluation_batches, load_corpus
@@ -52,9 +52,6 @@ class Trainer:
     def backward(self, step: int) -> Tensor:
         """Gradients of `step`'s global batch in every parameter; returns this rank's share of the loss, in nats."""
         config, rank = self.config, self.replicas.rank
-        if config.model.dropout:
-            # Dropout too is a function of the step, so that a resumed run draws what the first one drew.
-            torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
         inputs, targets = batch(
             self.corpus.train,
             config.model.context,
@@ -68,7 +65,9 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64)
         for index, (x_BT, y_BT) in enumerate(zip(inputs.split(self._share), targets.split(self._share), strict=True)):
             last = index == config.accumulate - 1
-            with nullcontext() if last else self.replicated.no_sync():
+            first = (rank * config.accumulate + index) * self._share
+            place = Place(config.seed, step, torch.arange(first, first + len(x_BT)), torch.arange(x_BT.shape[1]))
+            with at(place), nullcontext() if last else self.replicated.no_sync():
                 loss = next_byte_loss(self.replicated(x_BT), y_BT) / config.accumulate
                 loss.backward()
             total += loss.detach()

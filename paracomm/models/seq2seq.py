@@ -1,0 +1,148 @@
+"""An encoder-decoder Transformer (Vaswani et al., 2017), of the same pre-norm blocks as the decoder.
+
+Shapes: B batch, S source positions, T target positions (both <= context), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from paracomm.models.layers import (
+    Block,
+    BlockCache,
+    DecoderConfig,
+    LearnedPositions,
+    expect_within,
+    initialise,
+    make_norm,
+)
+from paracomm.models.plans import block_plan
+from paracomm.parallel import rng
+from paracomm.parallel.loss import Head
+from paracomm.parallel.plan import Positions, Style, Vocabulary
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig(DecoderConfig):
+    """As DecoderConfig, whose depth is the decoder's; encoder_depth None: as deep. One vocabulary serves both sides."""
+
+    encoder_depth: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder_blocks < 1:
+            self._refuse(f"encoder_depth is {self.encoder_depth}, expected at least 1")
+
+    @property
+    def encoder_blocks(self) -> int:
+        return self.depth if self.encoder_depth is None else self.encoder_depth
+
+
+@contextmanager
+def at_source(source_BS: Tensor) -> Iterator[None]:
+    """Inside, the current Place's positions are the source's: its source_positions, or its positions where it has none
+    and there are as many."""
+    place = rng.placed()
+    if place is not None:
+        found = place.source_positions
+        if found is None:
+            length = source_BS.shape[1]
+            found = place.positions if len(place.positions) == length else torch.arange(length)
+        place = replace(place, positions=found)
+    with rng.at(place):
+        yield
+
+
+class Seq2Seq(nn.Module):
+    """Predicts the next target token, given a source sequence. Weights depend on `config` and `seed` only.
+
+    Where this rank's tokens lie in the whole batch is the current rng.Place's to say, as in Decoder.
+    """
+
+    def __init__(self, config: Seq2SeqConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        learned = config.positions == "learned"
+        self.token = nn.Embedding(config.vocabulary, config.width)
+        self.source_position = LearnedPositions(config.context, config.width) if learned else None
+        self.target_position = LearnedPositions(config.context, config.width) if learned else None
+        self.encoder = nn.ModuleList(Block(config, causal=False) for _ in range(config.encoder_blocks))
+        self.encoder_norm = make_norm(config)
+        self.decoder = nn.ModuleList(Block(config, cross=True) for _ in range(config.depth))
+        self.norm = make_norm(config)
+        table = self.token.weight if config.tied else nn.Parameter(torch.empty_like(self.token.weight))
+        self.head = Head(cast("nn.Parameter", table))
+        initialise(self, seed, residuals=3 * config.depth)
+        rng.name_streams(self)
+
+    def forward(
+        self,
+        source_BS: Tensor,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        source_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, T, V]; with targets (sum of the cross-entropies in nats, their count), without targets of -100.
+
+        Integer tokens. source_mask: bool [B, S], False for padding. Raises InvalidArgument for positions beyond the
+        context.
+        """
+        return self.decode(self.encode(source_BS, source_mask), tokens_BT, targets_BT, source_mask)
+
+    def encode(self, source_BS: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        """The memory [B, S, D] that the decoder looks at."""
+        with at_source(source_BS):
+            expect_within(self.config.context, source_BS)
+            x_BSD = self.token(source_BS)
+            if self.source_position is not None:
+                x_BSD = x_BSD + self.source_position(source_BS)
+            for block in self.encoder:
+                x_BSD = block(x_BSD, key_mask=source_mask)
+            memory_BSD: Tensor = self.encoder_norm(x_BSD)
+        return memory_BSD
+
+    def decode(
+        self,
+        memory_BSD: Tensor,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        *,
+        cache: Sequence[BlockCache] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As forward. `cache`, one for each block, is extended; it is of one memory."""
+        expect_within(self.config.context, tokens_BT)
+        x_BTD = self.token(tokens_BT)
+        if self.target_position is not None:
+            x_BTD = x_BTD + self.target_position(tokens_BT)
+        for index, block in enumerate(self.decoder):
+            x_BTD = block(x_BTD, memory_BSD, source_mask, None if cache is None else cache[index])
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is None:
+            logits: Tensor = self.head(x_BTD)
+            return logits
+        loss: tuple[Tensor, Tensor] = self.head.loss(x_BTD, targets_BT)
+        return loss
+
+    def new_cache(self) -> list[BlockCache]:
+        """Empty, for decode."""
+        return [BlockCache(self.config.context) for _ in self.decoder]
+
+    def plan(self) -> dict[str, Style]:
+        """How tensor parallelism cuts the model."""
+        positions = {}
+        if self.source_position is not None:
+            positions = {"source_position": Positions(), "target_position": Positions()}
+        return {
+            "token": Vocabulary(),
+            **positions,
+            **block_plan("encoder.*", self.config),
+            **block_plan("decoder.*", self.config, cross=True),
+            "head": Vocabulary(),
+        }
