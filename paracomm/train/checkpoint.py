@@ -8,6 +8,7 @@ all that has to be kept of them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_model, save
 from torch import nn
 
 from paracomm.errors import Error
@@ -38,7 +39,9 @@ def save_checkpoint(
     whole = folder / f"step-{step:08d}"
     part = folder / f".saving-{whole.name}"
     part.mkdir()
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    # A tied weight has one name here, its first; load_model puts it back under all.
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    tensors = {name: tensor.detach().contiguous() for name, tensor in named}
     _write(part / "model.safetensors", save(tensors))
     with (part / "optimizer.pt").open("wb") as file:
         torch.save(optimizer.state_dict(), file)
@@ -73,7 +76,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts weights and optimizer state back. Raises Error if a file is missing, damaged, or of another model."""
     try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        load_model(model, path / "model.safetensors")
         optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
     except Exception as error:
         raise Error(f"checkpoint '{path}' does not load: {error}") from error
