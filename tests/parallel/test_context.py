@@ -13,9 +13,12 @@ from ranks import Rank, run_ranks
 from torch import Tensor
 
 from paracomm.errors import Error, InvalidArgument
+from paracomm.models import Decoder, DecoderConfig
 from paracomm.parallel import rng
 from paracomm.parallel.attention import POSITION_BITS, Attention, attention
 from paracomm.parallel.context import ContextAttention, context_positions
+from paracomm.parallel.mesh import Mesh
+from paracomm.parallel.plan import parallelize
 
 TOLERANCE = 1e-12
 P, STREAM, HEADS_TOTAL = 0.3, 7, 24
@@ -286,8 +289,8 @@ def check_hidden_sequence(rank: Rank, method: str) -> None:
     q, k, v, grad = inputs(2, 2 * comm.world_size, 2 * comm.world_size, 4, 4, 4)
     key_mask = torch.tensor([[True] * 4, [False] * 4])
     ours = ContextAttention(Attention(), comm, method)
-    for x in with_gradients(lambda *x: ours(*x, causal=False, key_mask=key_mask), q, k, v, grad):
-        assert x.isfinite().all() and x[0].any() and not x[1].any()
+    for each in with_gradients(lambda *x: ours(*x, causal=False, key_mask=key_mask), q, k, v, grad):
+        assert each.isfinite().all() and each[0].any() and not each[1].any()
 
 
 @pytest.mark.parametrize("method", ["ring", "ulysses"])
@@ -341,3 +344,30 @@ def check_bytes(rank: Rank) -> None:
 
 def test_bytes_on_the_ring_are_the_formula() -> None:
     run_ranks(3, check_bytes)
+
+
+def check_decoder(rank: Rank, method: str) -> None:
+    """A whole model with dropout: each rank's sums add up to one process's, and so do the gradients."""
+    comm = rank.connect()
+    n, me = comm.world_size, comm.rank
+    config = DecoderConfig(24, 2, 6, 24, dropout=0.2, vocabulary=31, kv_heads=3, positions="rotary", norm="rms")
+    tokens = torch.randint(0, 31, (2, 25), generator=torch.Generator().manual_seed(1))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    one = Decoder(config).double()
+    with rng.at(place(2, 24)):
+        total, count = one(x, y)
+    total.backward()
+    several = parallelize(Decoder(config).double(), Mesh(comm, cp=n), context=method)
+    with rng.at(place(2, 24, context_positions(24, n, me))):
+        mine, own_count = several(parts_of(x, n, me, 1), parts_of(y, n, me, 1))
+    mine.backward()
+    assert int(comm.all_reduce(own_count)) == int(count)
+    assert abs(float(comm.all_reduce(mine.detach())) / float(total) - 1) <= TOLERANCE
+    for (name, a), b in zip(several.named_parameters(), one.parameters(), strict=True):
+        error = float((comm.all_reduce(a.grad) - b.grad).abs().max() / b.grad.abs().max())
+        assert error <= TOLERANCE, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize(("world_size", "method"), [(2, "ring"), (4, "ring"), (3, "ulysses")])
+def test_a_decoder_over_context_ranks(world_size, method) -> None:
+    run_ranks(world_size, check_decoder, method)
