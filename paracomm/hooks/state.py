@@ -76,12 +76,12 @@ class Memory:
         names = self._names.of(bucket)
         if names in self._flats:
             return self._flats[names]
-        counts = [parameter.numel() for parameter in bucket.parameters()]
         buffer = bucket.buffer()
-        if sum(counts) != buffer.numel():
-            raise InvalidArgument(f"a bucket of {buffer.numel()} elements has parameters of {sum(counts)}")
         flat = torch.zeros(buffer.numel(), dtype=torch.float32, device=buffer.device)
-        for name, piece in zip(names, flat.split(counts), strict=True):
+        for name, gradient in zip(names, bucket.gradients(), strict=True):
+            # Our own buckets have gaps between gradients.
+            place = gradient.storage_offset() - buffer.storage_offset()
+            piece = flat[place : place + gradient.numel()]
             before = self._pieces.get(name)
             if before is not None:
                 if before.numel() != piece.numel():

@@ -1,4 +1,4 @@
-"""Gradient buckets that are averaged over the ranks while backward goes on.
+"""Gradient buckets that are reduced over the ranks while backward goes on.
 
 A parameter's gradient is a view into a bucket, a flat tensor of one dtype. Buckets are filled in the reverse order of
 the parameters, which is about the order in which backward yields gradients. When a bucket has all of its gradients it
@@ -6,82 +6,121 @@ is launched, but never before the bucket ahead of it: every rank launches the sa
 parameters its own backward touched.
 
     backward   | block 3 | block 2 | block 1 | embedding |
-    bucket 0   |         [ all_reduce ]
-    bucket 1   |                   [ all_reduce ]
-    bucket 2   |                                          [ all_reduce ]
+    bucket 0   |         [ reduce ]
+    bucket 1   |                   [ reduce ]
+    bucket 2   |                                          [ reduce ]
     finish()                                             |.............| time blocked
 
 The first bucket is small, so that the wire is in use early (Li et al., "PyTorch Distributed", VLDB 2020).
 A rank moves each gradient once into its bucket, or not at all where backward accumulates into the view.
+
+A rank owns the part of a bucket that its optimizer steps; the stages of ZeRO (Rajbhandari et al., SC 2020) differ in
+that part, and in how long the bucket lives:
+
+    zero   owned        reduction        the bucket's memory
+    0      all of it    all_reduce       as long as the reducer
+    1      its block    reduce_scatter   as long as the reducer
+    2, 3   its block    reduce_scatter   from its first gradient until the block is reduced
+
+    | parameter | gap | parameter | gap | ... | padding |         parameters begin at multiples of ALIGN elements,
+    |   block of rank 0   |   block of rank 1  | ...    |         blocks are of a multiple of ALIGN elements
+
+so that no vector loop over a block, or over some parameters of it, has a tail: an element's bits do not depend on where
+blocks begin. Gaps hold zeros.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paracomm.errors import Error, InvalidArgument
 from paracomm.hooks.lane import keeps_order, one_at_a_time, raised_by, wait_while_well
+from paracomm.parallel.reduction import (
+    GradientCommunicator,
+    Pending,
+    new_flat,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 
 MIB = 1 << 20
-
-
-class Pending(Protocol):
-    """An operation under way: a Work of the communicator, a torch Future."""
-
-    def wait(self) -> Any: ...
-
-
-class GradientCommunicator(Protocol):
-    """What a Reducer asks of a communicator. `empty(shape, dtype)` is used too where it exists."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    def all_reduce(self, x: Tensor, op: str = ..., *, async_op: bool = ...) -> Any: ...
+ALIGN = 64
+"""Elements: no vector unit, and no unrolled loop over it, takes more at a time."""
+IN_FLIGHT = 2
+"""Under ZeRO 2 and 3, buckets that are being reduced at a time, beside the one that is being filled."""
 
 
 @dataclass
 class Bucket:
-    """Gradients of one dtype, side by side in `data` [sum of counts]; `views[i]` has the shape of `members[i]`.
+    """Gradients of one dtype, side by side in `data` [count]; `views[i]` has the shape of `members[i]`.
 
     Hooks see the interface of torch.distributed.GradBucket: index(), buffer(), gradients(), parameters(), is_last() and
-    set_buffer().
+    set_buffer(). Under ZeRO 2 and 3 `data` is None while no gradients are in it.
     """
 
     position: int
-    data: Tensor
     names: list[str]
     members: list[nn.Parameter]
-    views: list[Tensor]
+    dtype: torch.dtype
+    comm: Any
+    """Who reduces it."""
+    stage: int = 0
+    """Of ZeRO."""
+    data: Tensor | None = None
+    views: list[Tensor] = field(default_factory=list)
+    gradient: Tensor | None = None
+    """[owned.stop - owned.start], what the optimizer takes: reduced, in the parameters' own dtype."""
     last: bool = False
     arrived: list[bool] = field(default_factory=list)
     missing: int = 0
     work: Pending | None = None
     _buffer: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        counts = [member.numel() for member in self.members]
+        self.master_dtype = self.members[0].dtype
+        self.offsets: list[int] = []
+        end = 0
+        for count in counts:
+            self.offsets.append(end)
+            end = _aligned(end + count, ALIGN)
+        self.count = _aligned(end, ALIGN * self.comm.world_size)
+        """Elements of `data`, gaps included."""
+        size = self.count // self.comm.world_size
+        self.block = slice(self.comm.rank * size, (self.comm.rank + 1) * size)
+        """This rank's block of `data`."""
+        self.owned = self.block if self.stage else slice(0, self.count)
+        """What this rank's optimizer steps."""
+        edges = [offset + count for offset, count in zip(self.offsets, counts, strict=True)]
+        self._gaps = [slice(a, b) for a, b in zip(edges, [*self.offsets[1:], self.count], strict=True) if a < b]
+        self.reset()
+
     def index(self) -> int:
         """Its place in the order in which buckets leave."""
         return self.position
 
     def buffer(self) -> Tensor:
-        """The gradients [sum of counts], or what set_buffer() put in their place."""
-        return self.data if self._buffer is None else self._buffer
+        """The gradients [count], gaps included, or what set_buffer() put in their place."""
+        whole = self.data if self._buffer is None else self._buffer
+        assert whole is not None
+        return whole
 
     def gradients(self) -> list[Tensor]:
         """buffer() as a view for each parameter, of its shape."""
-        if self._buffer is None:
-            return list(self.views)
-        parts = self._buffer.split([member.numel() for member in self.members])
-        return [part.view(member.shape) for part, member in zip(parts, self.members, strict=True)]
+        return list(self.views) if self._buffer is None else self.cut(self._buffer)
+
+    def cut(self, flat: Tensor) -> list[Tensor]:
+        """The part of `flat` [count] that belongs to each parameter, as views of its shape."""
+        return [
+            flat[offset : offset + member.numel()].view(member.shape)
+            for offset, member in zip(self.offsets, self.members, strict=True)
+        ]
 
     def parameters(self) -> list[Tensor]:
         """The parameters, in the order of the buffer."""
@@ -93,9 +132,16 @@ class Bucket:
 
     def set_buffer(self, buffer: Tensor) -> None:
         """Lets buffer() and gradients() give `buffer`, of as many elements and any dtype, until the step is over."""
-        if buffer.numel() != self.data.numel():
-            raise InvalidArgument(f"set_buffer: {buffer.numel()} elements, expected {self.data.numel()}")
+        if buffer.numel() != self.count:
+            raise InvalidArgument(f"set_buffer: {buffer.numel()} elements, expected {self.count}")
         self._buffer = buffer.flatten()
+
+    def fill_in(self, data: Tensor) -> None:
+        """Takes `data` [count] as its memory; the gaps become zeros."""
+        self.data = data
+        for gap in self._gaps:
+            data[gap] = 0
+        self.views = self.cut(data)
 
     def reset(self) -> None:
         """Await every gradient again."""
@@ -113,8 +159,7 @@ torch Future, or anything with wait(). What wait() gives is the averaged buffer,
 @keeps_order
 def all_reduce_hook(state: GradientCommunicator, bucket: Bucket) -> Pending:
     """The default hook: an average by one all_reduce; `state` is the communicator."""
-    pending: Pending = state.all_reduce(bucket.buffer(), op="avg", async_op=True)
-    return pending
+    return start_all_reduce(state, bucket.buffer(), "avg")
 
 
 COMMUNICATOR = object()
@@ -124,14 +169,24 @@ COMMUNICATOR = object()
 class Reducer:
     """Averages the gradients of `named_parameters` over the ranks of `comm`, overlapped with backward.
 
-    One step is any number of backward passes with `enabled = False`, one with `enabled = True`, then `finish()`.
-    All ranks give the same parameters in the same order. `bucket_bytes` bounds all buckets but the first, which
-    `first_bucket_bytes` bounds; a single larger parameter has a bucket of its own.
+    One step is any number of backward passes with `enabled = False`, one with `enabled = True`, then `finish()`; under
+    ZeRO 2 and 3 `end_pass()` follows each of the former. All ranks give the same parameters in the same order.
+    `bucket_bytes` bounds all buckets but the first, which `first_bucket_bytes` bounds; a single larger parameter has a
+    bucket of its own.
 
     `hook` is called with `state` for each bucket, in their order; it may be any of torch's or of paracomm.hooks. What
     it raises is raised here, and aborts `comm`, so that every other rank raises as well.
 
-    Raises InvalidArgument for no parameters or sizes below 1, and Error where the order of calls is wrong.
+    Args:
+        zero: the stage of ZeRO: who owns which gradients afterwards, see the head of this file.
+        overlap: False: nothing is launched before finish(). The results are the same, bit for bit.
+        average: False: the sum, for losses that are divided by the global count already.
+        precision: dtype of the gradients of floating-point parameters, which are about to be cast to it.
+        comm_of: the communicator that reduces a parameter's gradient, where it is not `comm`; hooks are not asked then.
+        unit_of: parameters that `unit_of(name)` tells apart are in different buckets.
+
+    Raises InvalidArgument for no parameters, sizes below 1, and a hook with ZeRO 2 or 3, and Error where the order of
+    calls is wrong.
     """
 
     def __init__(
@@ -143,6 +198,12 @@ class Reducer:
         first_bucket_bytes: int = MIB,
         hook: Hook = all_reduce_hook,
         state: Any = COMMUNICATOR,
+        zero: int = 0,
+        overlap: bool = True,
+        average: bool = True,
+        precision: torch.dtype | None = None,
+        comm_of: Callable[[nn.Parameter], Any] | None = None,
+        unit_of: Callable[[str], Hashable] | None = None,
     ) -> None:
         if min(bucket_bytes, first_bucket_bytes) < 1:
             raise InvalidArgument(f"Reducer: bucket sizes {bucket_bytes}, {first_bucket_bytes}, expected at least 1")
@@ -150,16 +211,34 @@ class Reducer:
         if not named:
             raise InvalidArgument("Reducer: no parameter requires a gradient")
         self.comm = comm
+        self.zero = zero
+        self.overlap = overlap
+        self.average = average
         self.enabled = True
         self.blocked_s = 0.0
-        """Seconds that finish() spent blocked, since the start."""
+        """Seconds that backward and finish() spent blocked, since the start."""
+        self.on_arrived: Callable[[Bucket], None] | None = None
+        """Called when all gradients of a bucket are there."""
         self.set_hook(hook, state)
-        self.buckets = [
-            _allocate(index, members, comm)
-            for index, members in enumerate(plan_buckets(named, bucket_bytes, first_bucket_bytes))
-        ]
+        groups = {id(p): comm if comm_of is None else comm_of(p) for _, p in named}
+
+        def apart(name: str, parameter: nn.Parameter) -> Hashable:
+            return id(groups[id(parameter)]), None if unit_of is None else unit_of(name)
+
+        self.buckets = []
+        for index, members in enumerate(plan_buckets(named, bucket_bytes, first_bucket_bytes, apart, precision)):
+            first = members[0][1]
+            dtype = precision if precision is not None and first.is_floating_point() else first.dtype
+            names, parameters = [name for name, _ in members], [parameter for _, parameter in members]
+            bucket = Bucket(index, names, parameters, dtype, groups[id(first)], zero)
+            if zero < 2:
+                bucket.fill_in(new_flat(bucket.comm, bucket.count, first, dtype))
+            self.buckets.append(bucket)
         self.buckets[-1].last = True
         self._launched = 0
+        self._completed = 0
+        self._adds = False
+        self._spare: list[Tensor] = []
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._on_gradient(bucket, slot))
             for bucket in self.buckets
@@ -169,63 +248,134 @@ class Reducer:
     def set_hook(self, hook: Hook, state: Any = COMMUNICATOR) -> None:
         """Averages by `hook(state, bucket)` from the next step on; without a state it is given the communicator.
 
-        A hook that is not ours is called on a thread, for one bucket after the other (paracomm.hooks.lane).
+        A hook that is not ours is called on a thread, for one bucket after the other (paracomm.hooks.lane). Raises
+        InvalidArgument under ZeRO 2 and 3, and for a state of ours over another number of ranks.
         """
+        if hook is not all_reduce_hook and self.zero > 1:
+            raise InvalidArgument(
+                f"ZeRO {self.zero} takes no gradient hook: a hook averages whole buckets on every rank, and under ZeRO "
+                f"{self.zero} a rank receives its own block only; use ZeRO 0 or 1"
+            )
+        ranks = getattr(getattr(state, "wire", None), "world_size", self.comm.world_size)
+        if ranks != self.comm.world_size:
+            raise InvalidArgument(
+                f"the hook's state averages over {ranks} ranks, gradients are to be averaged over "
+                f"{self.comm.world_size}: make the state with the communicator of this DataParallel"
+            )
+        self._exact = hook is all_reduce_hook
         self._hook = one_at_a_time(hook)
         self._state = self.comm if state is COMMUNICATOR else state
 
     def _on_gradient(self, bucket: Bucket, slot: int) -> Callable[[Tensor], None]:
         def arrive(parameter: Tensor) -> None:
-            _place(bucket, slot)
-            if not self.enabled:
-                return
             if bucket.work is not None or bucket.arrived[slot]:
                 raise Error(
                     f"Reducer rank {self.comm.rank}: a second gradient of '{bucket.names[slot]}' came before finish(); "
-                    "accumulate under no_sync(), and call finish() after the backward that follows it"
+                    "accumulate under no_sync(), a block for each backward, and call finish() after the last one"
                 )
+            self._place(bucket, slot)
+            if not self.enabled and self.zero < 2:
+                return
             bucket.arrived[slot] = True
             bucket.missing -= 1
-            self._launch_ready()
+            if self.overlap:
+                self._launch_ready()
+            if bucket.missing == 0 and self.on_arrived is not None:
+                self.on_arrived(bucket)
 
         return arrive
+
+    @torch.no_grad()
+    def _place(self, bucket: Bucket, slot: int) -> None:
+        """Moves a gradient into its bucket: copied if backward made its own tensor, zeros if there is none."""
+        if bucket.data is None:
+            self._open(bucket)
+        parameter, view = bucket.members[slot], bucket.views[slot]
+        gradient = parameter.grad
+        if gradient is view:
+            return
+        if gradient is None:
+            view.zero_()
+        elif gradient.layout != torch.strided:
+            raise InvalidArgument(
+                f"Reducer: the gradient of '{bucket.names[slot]}' is {gradient.layout}, expected strided"
+            )
+        else:
+            view.copy_(gradient)
+        parameter.grad = view if self.zero < 2 else None
+
+    def _open(self, bucket: Bucket) -> None:
+        """Memory for a bucket under ZeRO 2 and 3: one that was reduced gives its own, where the size fits."""
+        while self._launched - self._completed >= IN_FLIGHT:
+            self._complete_next()
+        fits = [spare for spare in self._spare if spare.numel() == bucket.count and spare.dtype == bucket.dtype]
+        self._spare = fits[1:]
+        bucket.fill_in(fits[0] if fits else new_flat(bucket.comm, bucket.count, bucket.members[0], bucket.dtype))
 
     def _launch_ready(self) -> None:
         while self._launched < len(self.buckets) and self.buckets[self._launched].missing == 0:
             bucket = self.buckets[self._launched]
             try:
-                bucket.work = self._hook(self._state, bucket)
+                bucket.work = self._start(bucket)
             except BaseException as error:
                 self._tell_everyone(bucket, error)
                 raise
             self._launched += 1
 
+    def _start(self, bucket: Bucket) -> Pending:
+        assert bucket.data is not None
+        if not self._exact and bucket.comm is self.comm:
+            pending: Pending = self._hook(self._state, bucket)
+            return pending
+        op = "avg" if self.average and bucket.comm.world_size == self.comm.world_size else "sum"
+        return (start_reduce_scatter if bucket.stage else start_all_reduce)(bucket.comm, bucket.data, op)
+
     def finish(self) -> None:
-        """Waits until every gradient is the average over the ranks.
+        """Waits until every owned gradient is the average over the ranks.
 
         A parameter without a gradient on this rank takes part with zeros, or with what it had accumulated before, and
         has the average afterwards. Errors of the communication are raised here.
+
+        Under ZeRO 0 each parameter's `grad` is the average. Under ZeRO 1 to 3 it is None, the optimizer has what it
+        needs, and the first backward afterwards begins anew.
         """
-        for bucket in self.buckets[self._launched :]:
-            for slot, arrived in enumerate(bucket.arrived):
-                if not arrived:
-                    _place(bucket, slot)
-            bucket.missing = 0
-        try:
-            self._launch_ready()
-            start = time.perf_counter()
+        self.end_pass()
+        self._adds = False
+        if self.zero:
             for bucket in self.buckets:
-                if bucket.work is not None:
-                    self._complete(bucket, bucket.work)
-            self.blocked_s += time.perf_counter() - start
+                for parameter in bucket.members:
+                    parameter.grad = None
+
+    def end_pass(self) -> None:
+        """Reduces everything that this backward pass left, and adds what the next one gives to it (ZeRO 2 and 3)."""
+        try:
+            for bucket in self.buckets[self._launched :]:
+                for slot, arrived in enumerate(bucket.arrived):
+                    if not arrived:
+                        self._place(bucket, slot)
+                bucket.missing = 0
+                self._launch_ready()
+            while self._completed < len(self.buckets):
+                self._complete_next()
+            self._adds = True
         finally:
             for bucket in self.buckets:
                 bucket.reset()
-            self._launched = 0
+            self._launched = self._completed = 0
+
+    def _complete_next(self) -> None:
+        start = time.perf_counter()
+        bucket = self.buckets[self._completed]
+        assert bucket.work is not None
+        self._complete(bucket, bucket.work)
+        self._completed += 1
+        self.blocked_s += time.perf_counter() - start
 
     @torch.no_grad()
     def _complete(self, bucket: Bucket, work: Pending) -> None:
         comm: Any = self.comm
+        data = bucket.data
+        assert data is not None
         try:
             if isinstance(work, torch._C.Future) and hasattr(comm, "check"):
                 wait_while_well(work, comm)
@@ -235,9 +385,27 @@ class Reducer:
             cause = raised_by(work) or getattr(self._state, "failure", None) or error
             self._tell_everyone(bucket, cause)
             raise cause from (error if cause is not error else None)
-        result = result[0] if isinstance(result, (list, tuple)) else result
-        if isinstance(result, Tensor) and result.data_ptr() != bucket.data.data_ptr():
-            bucket.data.copy_(result.view_as(bucket.data))
+        hooked = not self._exact and bucket.comm is self.comm
+        if hooked:
+            result = result[0] if isinstance(result, (list, tuple)) else result
+            if isinstance(result, Tensor) and result.data_ptr() != data.data_ptr():
+                data.copy_(result.view_as(data))
+        owned = data[bucket.owned]
+        if hooked and not self.average:
+            owned.mul_(comm.world_size)
+        elif self.average and not hooked and bucket.comm.world_size != comm.world_size:
+            owned.div_(comm.world_size)
+        if self.zero < 2 and bucket.dtype == bucket.master_dtype:
+            bucket.gradient = owned
+        elif self._adds and bucket.gradient is not None and self.zero > 1:
+            bucket.gradient.add_(owned)
+        elif bucket.gradient is None:
+            bucket.gradient = owned.to(bucket.master_dtype, copy=True)
+        else:
+            bucket.gradient.copy_(owned)
+        if self.zero > 1:
+            bucket.data, bucket.views = None, []
+            self._spare.append(data)
 
     def _tell_everyone(self, bucket: Bucket, error: BaseException) -> None:
         abort = getattr(self.comm, "abort", None)
@@ -252,54 +420,31 @@ class Reducer:
 
 
 def plan_buckets(
-    named: Sequence[tuple[str, nn.Parameter]], bucket_bytes: int, first_bucket_bytes: int
+    named: Sequence[tuple[str, nn.Parameter]],
+    bucket_bytes: int,
+    first_bucket_bytes: int,
+    apart: Callable[[str, nn.Parameter], Hashable] = lambda name, parameter: None,
+    precision: torch.dtype | None = None,
 ) -> list[list[tuple[str, nn.Parameter]]]:
     """Splits parameters, last first, into groups of one dtype and device, ordered by when backward fills them."""
-    opened: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
+    opened: dict[Hashable, list[tuple[str, nn.Parameter]]] = {}
     closed: list[list[tuple[str, nn.Parameter]]] = []
     for name, parameter in reversed(named):
-        key = (parameter.dtype, parameter.device)
+        key = (parameter.dtype, parameter.device, apart(name, parameter))
         group = opened.setdefault(key, [])
         limit = bucket_bytes if closed else first_bucket_bytes
-        if group and sum(_nbytes(p) for _, p in group) + _nbytes(parameter) > limit:
+        if group and sum(_nbytes(p, precision) for _, p in group) + _nbytes(parameter, precision) > limit:
             closed.append(group)
             group = opened[key] = []
         group.append((name, parameter))
-    return closed + list(opened.values())
+    place = {id(parameter): index for index, (_, parameter) in enumerate(reversed(named))}
+    return sorted([*closed, *opened.values()], key=lambda group: place[id(group[-1][1])])
 
 
-def _nbytes(parameter: Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+def _nbytes(parameter: Tensor, precision: torch.dtype | None) -> int:
+    dtype = precision if precision is not None and parameter.is_floating_point() else parameter.dtype
+    return parameter.numel() * dtype.itemsize
 
 
-def _allocate(index: int, members: list[tuple[str, nn.Parameter]], comm: GradientCommunicator) -> Bucket:
-    names = [name for name, _ in members]
-    parameters = [parameter for _, parameter in members]
-    counts = [parameter.numel() for parameter in parameters]
-    dtype, device = parameters[0].dtype, parameters[0].device
-    empty = getattr(comm, "empty", None)
-    if empty is not None and device.type == "cpu":
-        data = empty((sum(counts),), dtype)
-    else:
-        data = torch.empty(sum(counts), dtype=dtype, device=device)
-    data.zero_()
-    views = [part.view(p.shape) for part, p in zip(data.split(counts), parameters, strict=True)]
-    bucket = Bucket(index, data, names, parameters, views)
-    bucket.reset()
-    return bucket
-
-
-@torch.no_grad()
-def _place(bucket: Bucket, slot: int) -> None:
-    """Makes the gradient a view into its bucket: copied if backward made its own tensor, zeros if there is none."""
-    parameter, view = bucket.members[slot], bucket.views[slot]
-    gradient = parameter.grad
-    if gradient is view:
-        return
-    if gradient is None:
-        view.zero_()
-    elif gradient.layout != torch.strided:
-        raise InvalidArgument(f"Reducer: the gradient of '{bucket.names[slot]}' is {gradient.layout}, expected strided")
-    else:
-        view.copy_(gradient)
-    parameter.grad = view
+def _aligned(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

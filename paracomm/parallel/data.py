@@ -1,21 +1,34 @@
-"""Data parallelism: every rank holds the model and sees its share of the batch; gradients are averaged."""
+"""Data parallelism: every rank sees its share of the batch, and gradients are reduced over the ranks.
+
+With ZeRO the ranks share what they would otherwise all hold: the state of the optimizer (1), the gradients too (2), the
+parameters too (3). The numbers are the same, bit for bit.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from paracomm.errors import Mismatch
-from paracomm.parallel.bucket import COMMUNICATOR, MIB, GradientCommunicator, Hook, Reducer, all_reduce_hook
+from paracomm.comm import Communicator as OurCommunicator
+from paracomm.errors import InvalidArgument, Mismatch
+from paracomm.parallel.bucket import COMMUNICATOR, MIB, Hook, Reducer, all_reduce_hook
+from paracomm.parallel.clip import global_norm, scale
+from paracomm.parallel.mesh import Mesh
+from paracomm.parallel.optimizer import Groups, Shards
+from paracomm.parallel.reduction import GradientCommunicator
+from paracomm.parallel.weights import Weights, gather_now
+from paracomm.parallel.zero import Units, find_units, unit_of_parameters
+
+PRECISIONS = {None: None, "bfloat16": torch.bfloat16}
 
 
 class Communicator(GradientCommunicator, Protocol):
-    """What DataParallel asks of a communicator."""
+    """What DataParallel asks of a communicator; ZeRO asks for ours."""
 
     def broadcast(self, x: Tensor, root: int = ...) -> Any: ...
 
@@ -29,38 +42,106 @@ class DataParallel(nn.Module):
     over the ranks, bitwise equal on all of them. Where every rank's loss is the mean over an equal share of the batch,
     that is the gradient of the mean over the whole batch.
 
+        parallel = DataParallel(model, mesh, zero=2)
+        optimizer = parallel.optimizer(torch.optim.AdamW, lr=1e-3)
         for inputs, targets in batches:
-            parallel.zero_grad()
+            optimizer.zero_grad()
             loss(parallel(inputs), targets).backward()
             parallel.finish()
+            parallel.clip_(1.0)
             optimizer.step()
 
-    Raises Mismatch if the ranks' parameters differ in name, shape or dtype. See Reducer for the other arguments.
+    Args:
+        comm: a Mesh, whose axes dp and cp share the batch, or a communicator of all ranks. The gradient of a parameter
+            that is marked `partial` is summed over those axes as well.
+        zero: 0 to 3. From 1 on the optimizer must be optimizer()'s, and gradients are reached through it only.
+        average: False: gradients are sums over the ranks, for losses that are divided by the global count, as they
+            must be where ranks have unequal shares.
+        precision: "bfloat16": parameters and gradients are bfloat16, sums over ranks accumulate in float32, and
+            optimizer() has float32 weights. Floating-point arguments of forward() are cast.
+        units: under ZeRO 3, names or patterns of the modules that are gathered and released as one; None: the children
+            of every ModuleList.
+
+    Raises Mismatch if the ranks' parameters differ in name, shape or dtype, and InvalidArgument for what cannot be
+    combined. See Reducer for the other arguments.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        comm: Communicator,
+        comm: Mesh | Communicator,
         *,
         bucket_bytes: int = 25 * MIB,
         first_bucket_bytes: int = MIB,
         hook: Hook = all_reduce_hook,
         state: Any = COMMUNICATOR,
+        zero: int = 0,
+        overlap: bool = True,
+        average: bool = True,
+        precision: str | None = None,
+        units: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.module = module
-        self.comm = comm
-        _expect_same_parameters(module, comm)
-        broadcast_parameters(module, comm)
+        self.mesh = comm if isinstance(comm, Mesh) else None
+        self.comm: Any = comm.group("dp", "cp") if isinstance(comm, Mesh) else comm
+        self.zero = zero
+        self._everyone: Any = comm.comm if isinstance(comm, Mesh) else comm
+        self._expect(precision, units)
+        self.precision = PRECISIONS[precision]
+        _expect_same_parameters(module, self.comm)
+        names = find_units(module, units) if zero == 3 else []
+        unit_of = unit_of_parameters(module, names)
         self.reducer = Reducer(
             module.named_parameters(),
-            comm,
+            self.comm,
             bucket_bytes=bucket_bytes,
             first_bucket_bytes=first_bucket_bytes,
             hook=hook,
             state=state,
+            zero=zero,
+            overlap=overlap,
+            average=average,
+            precision=self.precision,
+            comm_of=self._group,
+            unit_of=unit_of.__getitem__,
         )
+        self._weights = [Weights(bucket) for bucket in self.reducer.buckets]
+        _broadcast([p for p in module.parameters() if not p.requires_grad], self.comm)
+        _broadcast(list(module.buffers()), self.comm)
+        self._units: Units | None = None
+        if zero == 3:
+            self._give_gathers_their_own_order()
+            self._units = Units(module, names, self._weights, unit_of)
+            self.reducer.on_arrived = self._units.gradients_arrived
+        self._keep_states_whole()
+
+    def _expect(self, precision: str | None, units: Sequence[str] | None) -> None:
+        if self.zero not in (0, 1, 2, 3):
+            raise InvalidArgument(f"DataParallel: zero is {self.zero!r}, expected 0, 1, 2 or 3")
+        if self.zero and not isinstance(self.comm, OurCommunicator):
+            raise InvalidArgument(
+                f"DataParallel: ZeRO {self.zero} needs a paracomm.Communicator, to scatter and gather with, not a "
+                f"{type(self.comm).__name__}"
+            )
+        if precision not in PRECISIONS:
+            raise InvalidArgument(f"DataParallel: precision is {precision!r}, expected None or 'bfloat16'")
+        if units is not None and self.zero != 3:
+            raise InvalidArgument(f"DataParallel: units are gathered under ZeRO 3 only, zero is {self.zero}")
+
+    def _group(self, parameter: nn.Parameter) -> Any:
+        """Who reduces a parameter's gradient."""
+        partial = getattr(parameter, "partial", ())
+        return self.comm if self.mesh is None or not partial else self.mesh.group("dp", "cp", *partial)
+
+    def _give_gathers_their_own_order(self) -> None:
+        """Which comes first, a gather or a reduction beside it, may differ between ranks."""
+        twins: dict[int, Any] = {}
+        for weights in self._weights:
+            comm = weights.bucket.comm
+            if id(comm) not in twins:
+                twins[id(comm)] = comm.split(0)
+            weights.comm = twins[id(comm)]
 
     @property
     def process_group(self) -> Any:
@@ -73,34 +154,119 @@ class DataParallel(nn.Module):
     """What they ask as well: these buckets are final from the start."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.precision is not None:
+            args = tuple(self._cast(value) for value in args)
+            kwargs = {name: self._cast(value) for name, value in kwargs.items()}
         return self.module(*args, **kwargs)
 
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.precision) if isinstance(value, Tensor) and value.is_floating_point() else value
+
     def finish(self) -> None:
-        """Waits for the averages; errors of the communication are raised here."""
+        """Waits for the reductions; errors of the communication are raised here.
+
+        Under ZeRO 1 to 3 it ends an accumulation: the next backward begins anew.
+        """
         self.reducer.finish()
+        if self._units is not None:
+            self._units.release_all()
 
     @property
     def blocked_s(self) -> float:
-        """Seconds that finish() spent blocked, since the start."""
+        """Seconds spent blocked on reductions, since the start."""
         return self.reducer.blocked_s
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes inside only accumulate; the first one outside sends the sum."""
+        """A backward pass inside only accumulates; the first one outside ends the sum.
+
+        Under ZeRO 0 and 1 each rank adds up its own gradients, and any number of passes may be in one block. Under
+        ZeRO 2 and 3 there is no room for that: what a pass gives is reduced at once and added to this rank's block, one
+        pass a block.
+        """
         before = self.reducer.enabled
         self.reducer.enabled = False
         try:
             yield
+            if self.zero > 1:
+                self.reducer.end_pass()
         finally:
             self.reducer.enabled = before
 
+    def optimizer(
+        self, kind: type[torch.optim.Optimizer], groups: Groups = None, **options: Any
+    ) -> torch.optim.Optimizer:
+        """A torch optimizer over what this rank owns; step() brings the parameters of all ranks up to date.
+
+        Its state_dict() and load_state_dict() are collective, hold whole tensors by the parameters' names, and fit any
+        layout. Options of `groups` go to the group's parameters.
+
+        Args:
+            kind: of torch.optim, one that treats each element by itself.
+            groups: as torch takes them, or rule(name, parameter) -> options; None: one group.
+
+        Raises InvalidArgument for another kind, and for groups that do not hold each parameter once.
+        """
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        return Shards(kind, self._weights, groups, named, self._publish, options).optimizer
+
+    def _publish(self) -> None:
+        """The parameters become what the owners have made of them."""
+        if self._units is not None:
+            self._units.release_all()
+        else:
+            gather_now(self._weights)
+
+    def clip_(self, max_norm: float) -> float:
+        """Scales the gradients so that their norm over the whole mesh is at most `max_norm`; returns the norm before.
+
+        Call it after finish(), on every rank. The norm has the same bits in every layout that has the same gradients.
+        Raises Error on every rank if a gradient is not finite, naming the parameter, and InvalidArgument for a
+        `max_norm` that is not positive.
+        """
+        norm = global_norm(self.reducer.buckets, self._everyone, self._first_of)
+        scale(self.reducer.buckets, norm, max_norm)
+        return norm
+
+    def _first_of(self, axis: str) -> bool:
+        return self.mesh is None or self.mesh.index(axis) == 0
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Every parameter is whole inside, under ZeRO 3 as well. Collective."""
+        return nullcontext() if self._units is None else self._units.gathered()
+
+    def _keep_states_whole(self) -> None:
+        """state_dict() and load_state_dict() of the module see whole parameters, and the optimizer what was loaded."""
+        units = self._units
+
+        def before(*_: Any) -> None:
+            if units is not None:
+                units.gather_all()
+
+        def copied(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+            if units is not None:
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and name.startswith(prefix):
+                        state[name] = value.clone()
+                units.release_all()
+
+        def loaded(*_: Any) -> None:
+            for weights in self._weights:
+                weights.store()
+            if units is not None:
+                units.release_all()
+
+        self.module.register_state_dict_pre_hook(before)
+        self.module.register_state_dict_post_hook(copied)
+        self.module.register_load_state_dict_pre_hook(before)
+        self.module.register_load_state_dict_post_hook(loaded)
+
 
 @torch.no_grad()
-def broadcast_parameters(module: nn.Module, comm: Communicator, root: int = 0) -> None:
-    """Gives every rank the parameters and buffers of `root`."""
-    for tensor in (*module.parameters(), *module.buffers()):
+def _broadcast(tensors: Sequence[Tensor], comm: Any) -> None:
+    for tensor in tensors:
         whole = tensor.detach().contiguous()
-        comm.broadcast(whole, root=root)
+        comm.broadcast(whole, root=0)
         if whole.data_ptr() != tensor.data_ptr():
             tensor.copy_(whole)
 

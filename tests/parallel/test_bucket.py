@@ -10,7 +10,7 @@ from torch import nn
 
 from paracomm.errors import Error, InvalidArgument
 from paracomm.parallel import Reducer
-from paracomm.parallel.bucket import plan_buckets
+from paracomm.parallel.bucket import ALIGN, plan_buckets
 
 
 class Done:
@@ -72,9 +72,12 @@ def test_gradients_are_views_into_buckets_of_the_communicator():
     (bucket,) = reducer.buckets
     for parameter in model.parameters():
         assert parameter.grad.untyped_storage().data_ptr() == bucket.data.untyped_storage().data_ptr()
-    assert comm.reduced == [(sum(p.numel() for p in model.parameters()), "avg")]
-    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert torch.equal(gradients.sort().values, bucket.data.sort().values)
+    assert comm.reduced == [(bucket.count, "avg")]
+    assert [offset % ALIGN for offset in bucket.offsets] == [0] * 4
+    for parameter, view in zip(bucket.members, bucket.gradients(), strict=True):
+        assert torch.equal(parameter.grad, view)
+        view.zero_()
+    assert not bucket.data.any(), "a gap is not zero"
 
 
 def test_finish_without_backward_gives_zeros():

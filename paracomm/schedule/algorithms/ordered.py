@@ -62,7 +62,7 @@ def reduce_scatter(s: Schedule, hosts: Hosts = None) -> None:
         home = next(h for h, ranks in enumerate(members) if chunk in ranks)
         local = members[home].index(chunk)
         parts = []
-        for h, ranks in enumerate(members):
+        for ranks in members:
             part = s.at(ranks[local], home, "scratch_host")
             for rank in ranks:
                 (s.copy if rank == ranks[0] else s.reduce)(s.at(rank, chunk), part)

@@ -1,0 +1,121 @@
+"""Parameters side by side in one flat tensor for each bucket, in the bucket's order, and the part that a rank owns.
+
+full     [count]   what forward and backward read; every parameter of the bucket is a view into it
+master   [owned]   what the optimizer steps: a part of `full` itself, or float32 beside a bfloat16 `full`
+
+zero   full              master                      after the optimizer's step
+0      always there      all of it                   cast, under mixed precision
+1, 2   always there      this rank's block           cast, all_gather
+3      while a unit is   this rank's block, in       nothing: the next use gathers
+       in use            memory of its own
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paracomm.parallel.bucket import Bucket
+from paracomm.parallel.reduction import Pending, new_flat
+
+
+class Weights:
+    """The parameters of `bucket`, with the values that its first rank has. Collective on the bucket's ranks."""
+
+    @torch.no_grad()
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.comm: Any = bucket.comm
+        """Who gathers."""
+        self._like = bucket.members[0].detach()
+        self._nothing: list[Tensor] = []
+        self._mixed = bucket.dtype != bucket.master_dtype
+        whole = self._new(bucket.count, bucket.master_dtype, shared=bucket.stage in (1, 2) and not self._mixed)
+        self.full: Tensor | None = whole
+        self.master = whole[bucket.owned]
+        for member, part in zip(bucket.members, bucket.cut(whole), strict=True):
+            part.copy_(member.detach())
+        if bucket.comm.world_size > 1:
+            bucket.comm.broadcast(whole, root=0)
+        if bucket.stage == 3:
+            self.master = self._new(self.master.numel(), bucket.master_dtype).copy_(self.master)
+            self.release()
+        elif self._mixed:
+            self.master = self.master.clone()
+            self.full = self._new(bucket.count, bucket.dtype, shared=bucket.stage > 0).copy_(whole)
+        if self.full is not None:
+            self._bind(self.full)
+        self._like = self._like.new_empty(0)
+
+    def _new(self, count: int, dtype: torch.dtype, shared: bool = True) -> Tensor:
+        return new_flat(self.bucket.comm if shared else None, count, self._like, dtype)
+
+    def _bind(self, full: Tensor) -> None:
+        for member, part in zip(self.bucket.members, self.bucket.cut(full), strict=True):
+            member.data = part
+
+    @torch.no_grad()
+    def start_gather(self, into: Tensor | None = None) -> Pending | None:
+        """Begins to fill `full` from what every rank owns; None where nothing has to be waited for.
+
+        Args:
+            into: memory for `full`, [count], of the bucket's dtype, where it was released.
+        """
+        bucket = self.bucket
+        if into is not None:
+            self.full = into
+        assert self.full is not None
+        source = self.full[bucket.owned]
+        if source.data_ptr() != self.master.data_ptr():
+            if self._mixed or bucket.stage == 0:
+                source.copy_(self.master)
+            else:
+                source = self.master
+        if into is not None:
+            self._bind(into)
+        if bucket.stage == 0 or self.comm.world_size == 1:
+            if source is self.master:
+                self.full[bucket.owned] = source
+            return None
+        pending: Pending = self.comm.all_gather(source, out=self.full, async_op=True)
+        return pending
+
+    def release(self) -> Tensor | None:
+        """Takes the parameters off `full` and returns its memory. Until they are gathered again they keep their shape,
+        hold NaN, and need no memory."""
+        full, self.full = self.full, None
+        if not self._nothing:
+            nan = torch.full((1,), torch.nan, dtype=self.bucket.dtype, device=self.master.device)
+            self._nothing = [nan.expand(member.shape) for member in self.bucket.members]
+        for member, nothing in zip(self.bucket.members, self._nothing, strict=True):
+            member.data = nothing
+        return full
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Makes what `full` holds the values that the optimizer goes on from."""
+        assert self.full is not None
+        source = self.full[self.bucket.owned]
+        if source.data_ptr() != self.master.data_ptr():
+            self.master.copy_(source)
+
+    def owned_parts(self) -> list[tuple[int, slice, slice]]:
+        """(member, place in the flattened parameter, place in `master`) of each parameter that this rank owns some
+        of."""
+        bucket, found = self.bucket, []
+        for slot, (offset, member) in enumerate(zip(bucket.offsets, bucket.members, strict=True)):
+            start, stop = max(offset, bucket.owned.start), min(offset + member.numel(), bucket.owned.stop)
+            if start < stop:
+                base = bucket.owned.start
+                found.append((slot, slice(start - offset, stop - offset), slice(start - base, stop - base)))
+        return found
+
+
+def gather_now(weights: list[Weights]) -> None:
+    """Fills `full` of all of them, and returns when it is done."""
+    works: list[Any] = [each.start_gather() for each in weights]
+    for work in works:
+        if work is not None:
+            work.wait()
