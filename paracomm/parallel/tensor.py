@@ -81,12 +81,14 @@ def shaped(rows: Tensor, shape: torch.Size, sequence: bool) -> Tensor:
 
 # --- linear layers ---
 class _Columns(torch.autograd.Function):
-    """One x through several weights W_i [O_i, D] with biases b_i [O_i] or None, interleaved."""
+    """One matrix [n, D] through several weights W_i [O_i, D] with biases b_i [O_i] or None, interleaved: [N, O_i] each.
+
+    These Functions see matrices only, so that what they return may be changed in place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, region: Region, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, region: Region, rows: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases = cast("tuple[Tensor, ...]", parameters[::2]), parameters[1::2]
-        rows = rows_of(x, region.sequence)
         if region.sequence:
             matrices = [weight.t() for weight in weights]
             rows, products = gather_and_multiply(region.group, rows, matrices, biases, region.chunks)
@@ -94,63 +96,55 @@ class _Columns(torch.autograd.Function):
             products = [F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, *weights)
-        ctx.region, ctx.sequence, ctx.shape = region, region.sequence, x.shape
-        return tuple(shaped(product, x.shape, region.sequence) for product in products)
+        ctx.region, ctx.sequence = region, region.sequence
+        return tuple(products)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        region, sequence = ctx.region, ctx.sequence
         rows, *weights = ctx.saved_tensors
         needed = ctx.needs_input_grad
         # Every rank takes part in the sum, so that a product nobody used counts as zeros.
         dys = [
-            rows.new_zeros(rows.shape[0], weight.shape[0]) if dy is None else rows_of(dy, sequence)
+            rows.new_zeros(rows.shape[0], weight.shape[0]) if dy is None else dy
             for dy, weight in zip(grads, weights, strict=True)
         ]
         reduction = None
         if needed[1]:
-            reduction = Reduction(region.group, list(zip(dys, weights, strict=True)), sequence, region.chunks)
+            terms = list(zip(dys, weights, strict=True))
+            reduction = Reduction(ctx.region.group, terms, ctx.sequence, ctx.region.chunks)
         results: list[Tensor | None] = []
         for index, (dy, grad) in enumerate(zip(dys, grads, strict=True)):
             weight_needed, bias_needed = needed[2 + 2 * index : 4 + 2 * index]
             results.append(dy.t() @ rows if weight_needed and grad is not None else None)
             results.append(dy.sum(0) if bias_needed and grad is not None else None)
-        dx = None if reduction is None else shaped(reduction.wait(), ctx.shape, sequence)
-        return None, dx, *results
+        return None, None if reduction is None else reduction.wait(), *results
 
 
 class _Row(torch.autograd.Function):
-    """z [..., I_r] through W [O, I_r], summed over the ranks."""
+    """This rank's features [N, I_r] through W [O, I_r], summed over the ranks: [N, O], or its own rows of it."""
 
     @staticmethod
-    def forward(ctx: Any, region: Region, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        sequence = region.sequence
-        if sequence:
-            region.own(z.shape[1])
-        rows = rows_of(z, sequence)
-        y = Reduction(region.group, [(rows, weight.t())], sequence, region.chunks).wait()
+    def forward(ctx: Any, region: Region, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = Reduction(region.group, [(rows, weight.t())], region.sequence, region.chunks).wait()
         if bias is not None:
             y += bias
         ctx.save_for_backward(rows, weight)
-        ctx.region, ctx.sequence, ctx.shape = region, sequence, z.shape
-        return shaped(y, z.shape, sequence)
+        ctx.region, ctx.sequence = region, region.sequence
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        region, sequence = ctx.region, ctx.sequence
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         rows, weight = ctx.saved_tensors
-        _, z_needed, weight_needed, bias_needed = ctx.needs_input_grad
-        dy = rows_of(grad, sequence)
+        _, rows_needed, weight_needed, bias_needed = ctx.needs_input_grad
         db = dy.sum(0) if bias_needed else None
-        dz = None
-        if sequence:
-            dy, (dz,) = gather_and_multiply(region.group, dy, [weight], [None], region.chunks)
-        elif z_needed:
-            dz = dy @ weight
-        dw = dy.t() @ rows if weight_needed else None
-        return None, None if dz is None else shaped(dz, ctx.shape, sequence), dw, db
+        drows = None
+        if ctx.sequence:
+            dy, (drows,) = gather_and_multiply(ctx.region.group, dy, [weight], [None], ctx.region.chunks)
+        elif rows_needed:
+            drows = dy @ weight
+        return None, drows, dy.t() @ rows if weight_needed else None, db
 
 
 def columns(region: Region, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
@@ -158,7 +152,8 @@ def columns(region: Region, x: Tensor, *parameters: Tensor | None) -> tuple[Tens
     if region.size == 1:
         pairs = zip(cast("tuple[Tensor, ...]", parameters[::2]), parameters[1::2], strict=True)
         return tuple(F.linear(x, weight, bias) for weight, bias in pairs)
-    return cast("tuple[Tensor, ...]", _Columns.apply(region, x, *parameters))
+    products = _Columns.apply(region, rows_of(x, region.sequence), *parameters)
+    return tuple(shaped(product, x.shape, region.sequence) for product in products)
 
 
 class ColumnLinear(nn.Module):
@@ -210,8 +205,10 @@ class RowLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
 
     def forward(self, z: Tensor) -> Tensor:
-        y: Tensor = _Row.apply(self.region, z, self.weight, self.bias)
-        return y
+        sequence = self.region.sequence
+        if sequence:
+            self.region.own(z.shape[1])
+        return shaped(_Row.apply(self.region, rows_of(z, sequence), self.weight, self.bias), z.shape, sequence)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} here -> {self.out_features}, {self.region.size} ranks"
@@ -303,52 +300,50 @@ class _ReduceFrom(torch.autograd.Function):
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
-        region.own(x.shape[1])
+    def forward(ctx: Any, x_TBD: Tensor, region: Region) -> Tensor:
         ctx.region = region
-        return _reduce_scatter_T(x, region)
+        return region.group.reduce_scatter(x_TBD.contiguous())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather_T(grad, ctx.region), None
+        return _all_gather(grad, ctx.region), None
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
+    def forward(ctx: Any, x_TBD: Tensor, region: Region) -> Tensor:
         ctx.region = region
-        return x[:, region.own(x.shape[1])].clone()
+        return x_TBD[region.own(len(x_TBD))].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather_T(grad, ctx.region), None
+        return _all_gather(grad, ctx.region), None
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
+    def forward(ctx: Any, x_tBD: Tensor, region: Region) -> Tensor:
         ctx.region = region
-        return _all_gather_T(x, region)
+        return _all_gather(x_tBD, region)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[:, ctx.region.own(grad.shape[1])], None
+        return grad[ctx.region.own(len(grad))], None
 
 
-class _GatherLast(torch.autograd.Function):
+class _GatherFirst(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, region: Region, sizes: Sequence[int]) -> Tensor:
         ctx.place = (sum(sizes[: region.index]), sizes[region.index])
-        first = x.movedim(-1, 0).contiguous()
-        return region.group.all_gather_v(first, rows=sizes).movedim(0, -1)
+        return region.group.all_gather_v(x.contiguous(), rows=sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.narrow(-1, *ctx.place), None, None
+        return grad.narrow(0, *ctx.place), None, None
 
 
 def _all_reduce(x: Tensor, region: Region) -> Tensor:
@@ -356,13 +351,8 @@ def _all_reduce(x: Tensor, region: Region) -> Tensor:
     return region.group.all_reduce(x, out=torch.empty_like(x))
 
 
-def _all_gather_T(x_BtD: Tensor, region: Region) -> Tensor:
-    whole_rtBD = region.group.all_gather(x_BtD.transpose(0, 1).contiguous())
-    return whole_rtBD.flatten(0, 1).transpose(0, 1)
-
-
-def _reduce_scatter_T(x_BTD: Tensor, region: Region) -> Tensor:
-    return region.group.reduce_scatter(x_BTD.transpose(0, 1).contiguous()).transpose(0, 1)
+def _all_gather(x_tBD: Tensor, region: Region) -> Tensor:
+    return region.group.all_gather(x_tBD.contiguous()).flatten(0, 1)
 
 
 def copy_to(x: Tensor, region: Region) -> Tensor:
@@ -377,19 +367,22 @@ def reduce_from(x: Tensor, region: Region) -> Tensor:
 
 def scatter_sum(x_BTD: Tensor, region: Region) -> Tensor:
     """This rank's positions [B, T / ranks, D] of the sum of every rank's x; gradients are gathered."""
-    return x_BTD if region.size == 1 else _ScatterSum.apply(x_BTD, region)
+    if region.size == 1:
+        return x_BTD
+    region.own(x_BTD.shape[1])
+    return _ScatterSum.apply(x_BTD.transpose(0, 1), region).transpose(0, 1)
 
 
 def split(x_BTD: Tensor, region: Region) -> Tensor:
     """This rank's positions [B, T / ranks, D] of an x that all ranks have; gradients are gathered."""
-    return x_BTD if region.size == 1 else _Split.apply(x_BTD, region)
+    return x_BTD if region.size == 1 else _Split.apply(x_BTD.transpose(0, 1), region).transpose(0, 1)
 
 
 def join(x_BtD: Tensor, region: Region) -> Tensor:
     """Everybody's positions, [B, T, D]; what follows is the same on all ranks, so that gradients are only cut."""
-    return x_BtD if region.size == 1 else _Join.apply(x_BtD, region)
+    return x_BtD if region.size == 1 else _Join.apply(x_BtD.transpose(0, 1), region).transpose(0, 1)
 
 
 def gather_last(x: Tensor, region: Region, sizes: Sequence[int]) -> Tensor:
     """Everybody's features, of which rank r has sizes[r], side by side; gradients are only cut."""
-    return x if region.size == 1 else _GatherLast.apply(x, region, sizes)
+    return x if region.size == 1 else _GatherFirst.apply(x.movedim(-1, 0), region, sizes).movedim(0, -1)

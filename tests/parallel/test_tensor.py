@@ -13,7 +13,18 @@ from torch import nn
 from paracomm.errors import InvalidArgument
 from paracomm.parallel.loss import Head, vocabulary_loss
 from paracomm.parallel.mesh import Mesh
-from paracomm.parallel.plan import Column, Features, Heads, Inside, Positions, Row, Sequence, Vocabulary, parallelize
+from paracomm.parallel.plan import (
+    Column,
+    Features,
+    Heads,
+    Inside,
+    Positions,
+    Row,
+    Sequence,
+    Vocabulary,
+    parallelize,
+    whole_sequences,
+)
 from paracomm.parallel.sequence import Reduction, gather_and_multiply
 from paracomm.parallel.shard import gather_parameter, partial_of, shard_of
 from paracomm.parallel.tensor import (
@@ -73,11 +84,11 @@ def compare(mesh, plain, plan, inputs, call=None, **options):
     return parallel
 
 
-def double(module, seed=0):
+def double(module, seed=0, std=1.0):
     torch.manual_seed(seed)
     module = module.double()
     for parameter in module.parameters():
-        nn.init.normal_(parameter)
+        nn.init.normal_(parameter, std=std)
     return module
 
 
@@ -306,6 +317,48 @@ def check_beside_data_parallel(rank: Rank) -> None:
 
 def test_beside_data_parallel() -> None:
     run_ranks(4, check_beside_data_parallel)
+
+
+def check_whole_sequences(rank: Rank) -> None:
+    """Generation's lengths, which do not divide, also in a model that trains with sharded sequences."""
+    mesh = mesh_of(rank)
+    plain = double(Language(V, True, False))
+    parallel = parallelize(copy.deepcopy(plain), mesh, LANGUAGE, sequence=True)
+    for length in (1, 7):
+        tokens = torch.arange(length).expand(B, -1)
+        with whole_sequences(parallel):
+            close(parallel(tokens), plain(tokens).detach(), "logits")
+    assert parallel.head.region.sequence
+
+
+def test_whole_sequences() -> None:
+    run_ranks(3, check_whole_sequences)
+
+
+def check_in_place(rank: Rank) -> None:
+    mesh = mesh_of(rank)
+    for share in (None, "x"):
+        for sequence in (False, True):
+            layers = nn.Sequential(nn.Linear(D, 8), nn.ReLU(inplace=True), nn.Linear(8, D))
+            plan = {"0": Column(share=share), "2": Row()} | ({"": Sequence()} if sequence else {})
+            compare(mesh, double(layers), plan, [activations(B, T, D)], sequence=sequence)
+
+
+def test_activations_in_place() -> None:
+    run_ranks(2, check_in_place)
+
+
+def check_embedding_in_place(rank: Rank) -> None:
+    mesh = mesh_of(rank)
+    for sequence in (False, True):
+        model = parallelize(double(nn.Embedding(V, D)), mesh, {"": Vocabulary()}, sequence=sequence)
+        x = model(torch.arange(T).expand(B, -1))
+        x += 1
+        x.sum().backward()
+
+
+def test_embeddings_in_place() -> None:
+    run_ranks(2, check_embedding_in_place)
 
 
 def check_unused_and_reused(rank: Rank) -> None:
