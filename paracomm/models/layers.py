@@ -155,47 +155,69 @@ class BlockCache:
 
 # --- blocks ---
 class Attention(nn.Module):
-    """x [B, T, D] looks at itself, or at `memory` [B, S, D]; returns y [B, T, D] after dropout."""
+    """x [B, T, D] looks at itself; returns y [B, T, D] after dropout. One matrix gives queries, keys and values."""
 
-    def __init__(self, config: DecoderConfig, *, cross: bool = False) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_width = config.head_width
-        narrow = config.key_value_heads * config.head_width
-        self.q = nn.Linear(config.width, config.width, bias=config.bias)
-        self.k = nn.Linear(config.width, narrow, bias=config.bias)
-        self.v = nn.Linear(config.width, narrow, bias=config.bias)
-        rotates = config.positions == "rotary" and not cross
+        self.share = (config.heads // config.key_value_heads, 1, 1)
+        all_heads = config.heads + 2 * config.key_value_heads
+        self.qkv = nn.Linear(config.width, all_heads * config.head_width, bias=config.bias)
+        rotates = config.positions == "rotary"
         self.rotary = Rotary(config.context, config.head_width, config.rotary_base) if rotates else None
         self.core = AttentionCore(config.dropout)
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
         self.dropout = rng.Dropout(config.dropout)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        memory_BSD: Tensor | None = None,
-        *,
-        causal: bool,
-        key_mask: Tensor | None = None,
-        cache: KeyValue | None = None,
+        self, x_BTD: Tensor, *, causal: bool, key_mask: Tensor | None = None, cache: KeyValue | None = None
     ) -> Tensor:
-        """key_mask: bool [B, S], False for keys that nobody looks at. `cache` is extended, `memory` kept in it."""
-        q_BHTK = self._rotated(self._heads(self.q(x_BTD)))
-        if memory_BSD is not None and cache is not None and cache.length:
+        """key_mask: bool [B, T], False for keys that nobody looks at. `cache` is extended, and looked at as a whole."""
+        q_BHTK, k_BGSK, v_BGSK = split_heads(self.qkv(x_BTD), self.head_width, self.share)
+        if self.rotary is not None:
+            q_BHTK, k_BGSK = self.rotary(q_BHTK), self.rotary(k_BGSK)
+        if cache is not None:
+            k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
+        y_BHTK = self.core(q_BHTK, k_BGSK, v_BGSK, causal=causal, key_mask=key_mask)
+        return self.dropout(self.out(join_heads(y_BHTK)))
+
+
+class CrossAttention(nn.Module):
+    """x [B, T, D] looks at `memory` [B, S, D]; returns y [B, T, D] after dropout."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.q = nn.Linear(config.width, config.width, bias=config.bias)
+        self.kv = nn.Linear(config.width, 2 * config.key_value_heads * config.head_width, bias=config.bias)
+        self.core = AttentionCore(config.dropout)
+        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        self.dropout = rng.Dropout(config.dropout)
+
+    def forward(
+        self, x_BTD: Tensor, memory_BSD: Tensor, *, key_mask: Tensor | None = None, cache: KeyValue | None = None
+    ) -> Tensor:
+        """key_mask: bool [B, S], False for keys that nobody looks at. A `cache` keeps what follows from the memory."""
+        (q_BHTK,) = split_heads(self.q(x_BTD), self.head_width, (1,))
+        if cache is not None and cache.length:
             k_BGSK, v_BGSK = cache.seen()
         else:
-            source = x_BTD if memory_BSD is None else memory_BSD
-            k_BGSK, v_BGSK = self._rotated(self._heads(self.k(source))), self._heads(self.v(source))
+            k_BGSK, v_BGSK = split_heads(self.kv(memory_BSD), self.head_width, (1, 1))
             if cache is not None:
-                k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
-        y_BHTK = self.core(q_BHTK, k_BGSK, v_BGSK, causal=causal, key_mask=key_mask)
-        return self.dropout(self.out(y_BHTK.transpose(1, 2).flatten(2)))
+                cache.extend(k_BGSK, v_BGSK)
+        y_BHTK = self.core(q_BHTK, k_BGSK, v_BGSK, causal=False, key_mask=key_mask)
+        return self.dropout(self.out(join_heads(y_BHTK)))
 
-    def _heads(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
-    def _rotated(self, x_BHTK: Tensor) -> Tensor:
-        return x_BHTK if self.rotary is None else self.rotary(x_BHTK)
+def split_heads(x_BTF: Tensor, head_width: int, share: tuple[int, ...]) -> list[Tensor]:
+    """[B, T, heads * K] as several [B, h, T, K], whose numbers of heads are as `share`."""
+    x_BTHK = x_BTF.unflatten(-1, (-1, head_width))
+    unit = x_BTHK.shape[2] // sum(share)
+    return [part.transpose(1, 2) for part in x_BTHK.split([unit * each for each in share], dim=2)]
+
+
+def join_heads(x_BHTK: Tensor) -> Tensor:
+    return x_BHTK.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -235,7 +257,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.cross_norm = make_norm(config) if cross else None
-        self.cross = Attention(config, cross=True) if cross else None
+        self.cross = CrossAttention(config) if cross else None
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
@@ -247,12 +269,11 @@ class Block(nn.Module):
         cache: BlockCache | None = None,
     ) -> Tensor:
         """key_mask: bool [B, S] of the memory's keys; of x's own where there is no memory."""
-        own = None if cache is None else cache.own
+        own, of_memory = (None, None) if cache is None else (cache.own, cache.cross)
         mask = key_mask if memory_BSD is None else None
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), causal=self.causal, key_mask=mask, cache=own)
         if self.cross is not None and self.cross_norm is not None:
-            other = None if cache is None else cache.cross
-            x_BTD = x_BTD + self.cross(self.cross_norm(x_BTD), memory_BSD, causal=False, key_mask=key_mask, cache=other)
+            x_BTD = x_BTD + self.cross(self.cross_norm(x_BTD), memory_BSD, key_mask=key_mask, cache=of_memory)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 

@@ -8,20 +8,19 @@ from paracomm.parallel.plan import Column, Heads, Row, Style
 
 def block_plan(block: str, config: DecoderConfig, *, cross: bool = False) -> dict[str, Style]:
     """Patterns below the pattern `block`."""
-    plan = attention_plan(f"{block}.attention", config, query="source")
-    if cross:
-        plan |= attention_plan(f"{block}.cross", config, query="query")
+    H, G = config.heads, config.key_value_heads
+    plan: dict[str, Style] = {
+        f"{block}.attention.qkv": Column(parts=3, heads=(H, G, G)),
+        f"{block}.attention.core": Heads(H),
+        f"{block}.attention.out": Row(),
+        f"{block}.mlp.up": Column(share="hidden"),
+        f"{block}.mlp.down": Row(),
+    }
     if config.mlp == "swiglu":
         plan[f"{block}.mlp.gate"] = Column(share="hidden")
-    return plan | {f"{block}.mlp.up": Column(share="hidden"), f"{block}.mlp.down": Row()}
-
-
-def attention_plan(attention: str, config: DecoderConfig, *, query: str) -> dict[str, Style]:
-    """Keys and values have one input, "source"; queries have the input `query`."""
-    return {
-        f"{attention}.q": Column(heads=config.heads, share=query),
-        f"{attention}.k": Column(heads=config.key_value_heads, share="source"),
-        f"{attention}.v": Column(heads=config.key_value_heads, share="source"),
-        f"{attention}.core": Heads(config.heads),
-        f"{attention}.out": Row(),
-    }
+    if cross:
+        plan[f"{block}.cross.q"] = Column(heads=H)
+        plan[f"{block}.cross.kv"] = Column(parts=2, heads=(G, G))
+        plan[f"{block}.cross.core"] = Heads(H)
+        plan[f"{block}.cross.out"] = Row()
+    return plan
