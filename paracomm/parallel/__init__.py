@@ -1,6 +1,9 @@
 """Ways to train one model on many ranks."""
 
+from paracomm.parallel import rng
 from paracomm.parallel.bucket import Bucket, Hook, Reducer
 from paracomm.parallel.data import DataParallel
+from paracomm.parallel.mesh import Mesh
+from paracomm.parallel.plan import parallelize
 
-__all__ = ["Bucket", "DataParallel", "Hook", "Reducer"]
+__all__ = ["Bucket", "DataParallel", "Hook", "Mesh", "Reducer", "parallelize", "rng"]
