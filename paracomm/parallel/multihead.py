@@ -94,7 +94,7 @@ class MultiheadAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, key_mask: Tensor | None) -> Tensor:
-        if not isinstance(self.core, Attention) or self.core.head_dropout(self.num_heads) is not None:
+        if type(self.core) is not Attention or self.core.head_dropout(self.num_heads) is not None:
             raise InvalidArgument(
                 "MultiheadAttention: an attn_mask that is not causal needs dropout 0 and no context parallelism"
             )

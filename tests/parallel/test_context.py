@@ -319,6 +319,10 @@ def check_refusals(rank: Rank) -> None:
         ring(x, x, x)
     with pytest.raises(InvalidArgument, match="sequence of 6 positions"):
         ring(x[:, :, :3], x[:, :, :3], x[:, :, :3])
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    layer = parallelize(layer, Mesh(comm, cp=2))
+    with pytest.raises(InvalidArgument, match="not causal needs.*no context parallelism"):
+        layer(torch.zeros(1, 4, 8), src_mask=torch.ones(4, 4).tril(1) == 0)
 
 
 def test_what_cannot_work_is_refused() -> None:
