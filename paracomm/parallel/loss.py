@@ -68,7 +68,7 @@ class _VocabularyLoss(torch.autograd.Function):
         e = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         counted = targets != IGNORED
         local = targets - first
-        own = counted & (local >= 0) & (local < e.shape[1])
+        own = (local >= 0) & (local < e.shape[1])  # never where the target is IGNORED
         local = local.masked_fill(~own, 0)
         most = group.all_reduce(e.amax(1), "max")
         e -= most.unsqueeze(1)

@@ -173,7 +173,7 @@ class Vocabulary(Style):
         if isinstance(module, nn.Embedding):
             if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
                 raise site.fail(module, "no max_norm, scale_grad_by_freq or sparse for Vocabulary")
-            return VocabularyEmbedding(site.region, weight, pieces[0][0], module.padding_idx)
+            return VocabularyEmbedding(site.region, weight, pieces[0][0], V, module.padding_idx)
         bias = None if module.bias is None else site.cut(module.bias, 0, pieces)
         return VocabularyHead(site.region, weight, bias, pieces[0][0], extents(V, ranks))
 

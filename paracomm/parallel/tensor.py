@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
-from paracomm.parallel.loss import vocabulary_loss
+from paracomm.parallel.loss import IGNORED, vocabulary_loss
 from paracomm.parallel.sequence import Reduction, gather_and_multiply
 
 
@@ -216,20 +216,25 @@ class RowLinear(nn.Module):
 
 # --- vocabulary ---
 class VocabularyEmbedding(nn.Module):
-    """Integer tokens [B, T] (any shape without sequence) -> rows of a table whose rows `first`.. lie here.
+    """Integer tokens [B, T] (any shape without sequence) -> rows of a table of `total`, of which `first`.. lie here.
 
     The output is whole, [B, T, D], or, in a sequence-parallel region, [B, T / ranks, D].
     """
 
-    def __init__(self, region: Region, weight: nn.Parameter, first: int, padding_index: int | None) -> None:
+    def __init__(
+        self, region: Region, weight: nn.Parameter, first: int, total: int, padding_index: int | None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.region = region
         self.weight = weight
         self.first = first
+        self.total = total
         own = padding_index is not None and 0 <= padding_index - first < len(weight)
         self.padding_index = padding_index - first if own and padding_index is not None else None
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Raises InvalidArgument for a token that is not in the table."""
+        expect_within(tokens, self.total, "a token")
         local = tokens - self.first
         elsewhere = (local < 0) | (local >= len(self.weight))
         x = F.embedding(local.masked_fill(elsewhere, 0), self.weight, self.padding_index)
@@ -265,13 +270,25 @@ class VocabularyHead(nn.Module):
         return gather_last(self._local(x), self.region, self.sizes)
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of the cross-entropies of targets [...], their count), without targets of -100; see loss.Head."""
+        """(sum of the cross-entropies of targets [...], their count), without targets of -100; see loss.Head.
+
+        Raises InvalidArgument for a target beyond the vocabulary.
+        """
+        expect_within(targets[targets != IGNORED], sum(self.sizes), "a target")
         logits = rows_of(self._local(x), self.region.sequence)
         targets = targets.transpose(0, 1) if self.region.sequence else targets
         return vocabulary_loss(logits, targets.reshape(-1), self.region.group, self.first)
 
     def extra_repr(self) -> str:
         return f"rows {self.first}..{self.first + len(self.weight) - 1}, {self.region.size} ranks"
+
+
+def expect_within(tokens: Tensor, total: int, what: str) -> None:
+    """Raises InvalidArgument unless all tokens are in 0..total - 1; no rank has rows to miss them by."""
+    if tokens.numel():
+        low, high = (int(end) for end in tokens.aminmax())
+        if low < 0 or high >= total:
+            raise InvalidArgument(f"{what} of {low}..{high}, but the vocabulary has {total}")
 
 
 # --- activations ---
