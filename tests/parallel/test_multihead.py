@@ -44,7 +44,7 @@ def check_encoder_layer(rank: Rank) -> None:
                 compare(mesh, layer, None, [activations(B, T, D)], call, sequence=sequence)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+@pytest.mark.parametrize("tp", [1, 2, *(pytest.param(tp, marks=pytest.mark.slow) for tp in (3, 4))])
 def test_encoder_layer(tp) -> None:
     run_ranks(tp, check_encoder_layer)
 

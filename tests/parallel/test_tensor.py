@@ -128,7 +128,7 @@ def check_mlp(rank: Rank) -> None:
             compare(mesh, mlp, mlp_plan(True, "x"), [activations(1, T, D)], sequence=True, chunks=chunks)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+@pytest.mark.parametrize("tp", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_column_and_row(tp) -> None:
     run_ranks(tp, check_mlp)
 
