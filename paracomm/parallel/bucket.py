@@ -306,7 +306,7 @@ class Reducer:
 
     def _open(self, bucket: Bucket) -> None:
         """Memory for a bucket under ZeRO 2 and 3: one that was reduced gives its own, where the size fits."""
-        while self._launched - self._completed >= IN_FLIGHT:
+        while self._launched - self._completed > IN_FLIGHT:
             self._complete_next()
         fits = [spare for spare in self._spare if spare.numel() == bucket.count and spare.dtype == bucket.dtype]
         self._spare = fits[1:]
@@ -411,6 +411,11 @@ class Reducer:
         abort = getattr(self.comm, "abort", None)
         if abort is not None:
             abort(f"the hook of bucket {bucket.position} raised {type(error).__name__}: {error}")
+
+    def held(self) -> list[Tensor]:
+        """The tensors that gradients lie in, spare ones too."""
+        kept = [tensor for bucket in self.buckets for tensor in (bucket.data, bucket.gradient) if tensor is not None]
+        return kept + self._spare
 
     def remove(self) -> None:
         """Takes the hooks off the parameters; their gradients stay where they are."""

@@ -235,6 +235,27 @@ class DataParallel(nn.Module):
         """Every parameter is whole inside, under ZeRO 3 as well. Collective."""
         return nullcontext() if self._units is None else self._units.gathered()
 
+    def bytes_held(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
+        """Bytes of this rank's memory that parameters, gradients and the optimizer's state lie in at this moment.
+
+        docs/memory.md has the formula. Memory that two of them share counts for the first.
+        """
+        parameters = [tensor for each in self._weights for tensor in (each.full, each.master) if tensor is not None]
+        states = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
+        kinds = {
+            "parameters": parameters + ([] if self._units is None else self._units.held()),
+            "gradients": self.reducer.held(),
+            "optimizer": [value for value in states if isinstance(value, Tensor)],
+        }
+        seen: set[int] = set()
+        found = dict.fromkeys(kinds, 0)
+        for kind, tensors in kinds.items():
+            for storage in (tensor.untyped_storage() for tensor in tensors):
+                if storage.data_ptr() not in seen:
+                    seen.add(storage.data_ptr())
+                    found[kind] += storage.nbytes()
+        return found
+
     def _keep_states_whole(self) -> None:
         """state_dict() and load_state_dict() of the module see whole parameters, and the optimizer what was loaded."""
         units = self._units

@@ -191,6 +191,10 @@ class Units:
         for unit in self._units.values():
             self._release(unit)
 
+    def held(self) -> list[Tensor]:
+        """Memory that waits for the next unit."""
+        return list(self._spare)
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Every parameter is whole inside."""
