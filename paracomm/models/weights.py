@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -102,12 +103,16 @@ def import_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     or lack a tensor.
     """
     try:
-        config = _config(json.loads((folder / "config.json").read_text()))
+        said = json.loads((folder / "config.json").read_text())
         found: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             found |= load_file(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise Error(f"weights: '{folder}' cannot be read: {error!r}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Error(f"weights: '{folder}' cannot be read: {error}") from error
+    try:
+        config = _config(said)
+    except KeyError as error:
+        raise Error(f"weights: '{folder}/config.json' has no field {error}") from error
     model = Decoder(config).to(dtype)
     prefix = PREFIX[family_of(config)]
     if not any(name.startswith(prefix) for name in found):
