@@ -1,15 +1,15 @@
 """DDP's buckets, moved into memory that the local peers have mapped, so that an all_reduce of one copies nothing.
 
-DistributedDataParallel allocates its buckets in C++, by torch's allocator, and asks for the same ones every step. One that
-came by `SIGHTINGS` times is moved: its contents go to the arena, and its storage points there from now on. Every view of
-it, the gradients of `gradient_as_bucket_view` among them, shares that storage and sees the same values as before. When
-torch frees the storage, the arena's pages go too.
+DistributedDataParallel allocates its buckets in C++, by torch's allocator, and asks for the same ones every step. One
+that came by `SIGHTINGS` times is moved: its contents go to the arena, and its storage points there from now on. Every
+view of it, the gradients of `gradient_as_bucket_view` among them, shares that storage and sees the same values as
+before. When torch frees the storage, the arena's pages go too.
 
 torch has no call for that short of linking against it, which would bind a wheel to one torch. A storage is known by its
-layout instead: a c10::StorageImpl begins with the data pointer and, after it, the context that its deleter is given, and
-where torch's own CPU allocator made the block, both are its address. Only the first is changed, so that the block itself
-is freed as ever. A bucket stays where it is, and works as before, if its storage does not look like that, if torch does
-not read the new address back, or if the arena is full.
+layout instead: a c10::StorageImpl begins with the data pointer and, after it, the context that its deleter is given,
+and where torch's own CPU allocator made the block, both are its address. Only the first is changed, so that the block
+itself is freed as ever. A bucket stays where it is, and works as before, if its storage does not look like that, if
+torch does not read the new address back, or if the arena is full.
 
 Like all memory of the arena, moved buckets are shared with a forked child: one that runs backward itself under the
 parent's DDP would write to the parent's gradients.
@@ -45,7 +45,7 @@ class BucketMapper:
 
     def notice(self, tensor: torch.Tensor) -> None:
         """Counts, and moves the whole storage of a contiguous CPU tensor at its third sighting."""
-        if not self.enabled or tensor.nbytes < LEAST_BYTES:
+        if not self.enabled or tensor.layout is not torch.strided or tensor.nbytes < LEAST_BYTES:
             return
         address = tensor.data_ptr()
         seen = self._seen.get(address, 0) + 1

@@ -67,14 +67,14 @@ class QuantizedState(HookState):
         self.warm_up = WARM_UP[bits] if warm_up is None else warm_up
         if self.warm_up < 0:
             raise InvalidArgument(f"QuantizedState: warm_up is {warm_up}, expected at least 0 steps")
-        self.early = BlockCodec(8, BLOCKS[8])
-        self.late = BlockCodec(bits, BLOCKS[bits] if block is None else block)
+        self._early = BlockCodec(8, BLOCKS[8])
+        self._late = BlockCodec(bits, BLOCKS[bits] if block is None else block)
         super().__init__(where, model=model, feedback=feedback)
 
     @property
     def codec(self) -> BlockCodec:
         """Of this step."""
-        return self.early if self.steps < self.warm_up else self.late
+        return self._early if self.steps < self.warm_up else self._late
 
     def codec_for(self, x: Tensor) -> BlockCodec | TorchCodec:
         """The core's loops on a CPU, torch's own operations elsewhere; the same bytes from both."""
