@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.autograd import _profiler_enabled
 
 from paracomm.backend import sparse
+from paracomm.backend.mapped import BucketMapper
 from paracomm.backend.monitor import monitored_barrier
 from paracomm.backend.point_to_point import PointToPoint
 from paracomm.backend.tensors import flat, movable, pack, reducible, restored, room, unpack
@@ -61,6 +62,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._fast: Any = comm.fast_all_reduce
         self._timeout_s: float | None = None
         self._publisher = Publisher()
+        self._mapper = BucketMapper(comm)
         self._between_hosts = len(set(comm.host_indices)) > 1
         self._p2p = PointToPoint(comm)
         self._splits = self._monitored = self._sequence = 0
@@ -153,7 +155,10 @@ class ProcessGroup(dist.ProcessGroup):
         if isinstance(tensors, Tensor):
             tensors = [tensors]
         asks_async = getattr(opts, "asyncOp", True)  # torch 2.6 does not say: it waits for the Work itself
-        waits = not asks_async or (not self._between_hosts and _asked_by_reducer())
+        by_reducer = asks_async and _asked_by_reducer()
+        if by_reducer:
+            self._mapper.notice(tensors[0])
+        waits = not asks_async or (by_reducer and not self._between_hosts)
         if waits and len(tensors) == 1 and not _profiler_enabled() and not opts.timeout > _NO_TIME:
             try:
                 if self._fast(tensors[0], op_name(opts.reduceOp), None):

@@ -13,18 +13,20 @@ from paracomm.hooks.hierarchical import HierarchicalState, hierarchical_hook
 from paracomm.hooks.local_sgd import LocalSGDState, local_sgd_hook
 from paracomm.hooks.plain import AllReduceState, CastState, Hook, allreduce_hook, bf16_hook, fp16_hook, fp16_wrapper
 from paracomm.hooks.powersgd import PowerSGDState, batched_powersgd_hook, powersgd_hook
-from paracomm.hooks.quantized import QuantizedState, int4_hook, int8_hook
+from paracomm.hooks.quantized import WARM_UP, QuantizedState, int4_hook, int8_hook
 from paracomm.hooks.state import HookState
 from paracomm.hooks.topk import TopKState, topk_hook
 
 
 @dataclass(frozen=True)
 class HookKind:
-    """`make(where, **options)` gives the state that `hook` takes; `summary` is for people."""
+    """`make(where, **options)` gives the state that `hook` takes; `summary` is for people, and true of the steps after
+    the first `warm_up`."""
 
     hook: Hook
     make: Callable[..., HookState]
     summary: str
+    warm_up: int = 0
 
 
 HOOKS: dict[str, HookKind] = {
@@ -32,7 +34,7 @@ HOOKS: dict[str, HookKind] = {
     "fp16": HookKind(fp16_hook, partial(CastState, dtype=torch.float16), "float16, half the bytes"),
     "bf16": HookKind(bf16_hook, partial(CastState, dtype=torch.bfloat16), "bfloat16, half the bytes"),
     "int8": HookKind(int8_hook, partial(QuantizedState, bits=8), "int8 blocks, 3.9 times fewer bytes"),
-    "int4": HookKind(int4_hook, partial(QuantizedState, bits=4), "int4 blocks, 7.1 times fewer bytes"),
+    "int4": HookKind(int4_hook, partial(QuantizedState, bits=4), "int4 blocks, 7.1 times fewer bytes", WARM_UP[4]),
     "topk": HookKind(topk_hook, TopKState, "the largest hundredth of each bucket"),
     "powersgd": HookKind(powersgd_hook, PowerSGDState, "rank-4 matrices, a parameter each"),
     "batched_powersgd": HookKind(batched_powersgd_hook, partial(PowerSGDState, batched=True), "a bucket each"),

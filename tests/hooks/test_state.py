@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from paracomm import hooks
 from paracomm.errors import InvalidArgument
 from paracomm.parallel import DataParallel
-from tests.hooks.cases import BOUNDS, BUCKET_BYTES, batch, gradients, loss, model, share, truth
+from tests.hooks.cases import BOUNDS, BUCKET_BYTES, KINDS, batch, gradients, loss, model, share, truth
 
 BUCKET_MB = BUCKET_BYTES / (1 << 20)
 
@@ -64,7 +64,7 @@ def resume(rank: Rank, name: str) -> None:
     """Two steps under DDP on Gloo, a checkpoint, then one step each on our backend and in our reducer."""
     comm = rank.connect()
     dist.init_process_group("gloo")
-    kind = hooks.HOOKS[name]
+    kind = KINDS[name]
     total = {key: torch.zeros_like(p) for key, p in model().named_parameters()}
 
     module, state = model(), kind.make()
@@ -100,7 +100,7 @@ def resume(rank: Rank, name: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", hooks.HOOKS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_checkpoint_goes_on_with_any_group(name: str) -> None:
     run_ranks(2, resume, name)
 
@@ -122,8 +122,8 @@ class Crossed(nn.Module):
 
 def regroup(rank: Rank, name: str) -> None:
     dist.init_process_group("paracomm")
-    kind, module = hooks.HOOKS[name], Crossed()
-    alone, state, seen = copy.deepcopy(module), hooks.HOOKS[name].make(), []
+    kind, module = KINDS[name], Crossed()
+    alone, state, seen = copy.deepcopy(module), KINDS[name].make(), []
     ddp = DistributedDataParallel(module, bucket_cap_mb=BUCKET_MB)
 
     def watched(state: Any, bucket: Any) -> Any:

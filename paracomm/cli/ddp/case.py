@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paracomm.errors import InvalidArgument
+from paracomm.hooks import HOOKS
 
 ENGINES = ("paracomm", "gloo", "ddp+paracomm")
 """Our reducer over our communicator; torch DDP over Gloo; torch DDP over the torch.distributed backend "paracomm"."""
@@ -28,6 +30,10 @@ class Job:
     """Length of the learning rate's schedule; 0: `steps`."""
     bucket_mib: float = 2.0
     seed: int = 0
+
+    def warmed_up(self, hooks: Iterable[str]) -> Job:
+        """The same job, measured once the hooks of these names have ended their own warm-up."""
+        return replace(self, warm_up=self.warm_up + max((HOOKS[n].warm_up for n in hooks if n in HOOKS), default=0))
 
     def check(self, ranks: int) -> None:
         """Raises InvalidArgument where ranks do not share the batch evenly or nothing would be measured."""

@@ -48,6 +48,7 @@ def ddp(
         if plot is not None:
             _expect_matplotlib()
         job = Job(width=width, depth=depth, context=context, batch=batch, steps=steps, bucket_mib=bucket_mib)
+        job = job.warmed_up(arrangement.hook for arrangement in arrangements)
         outcomes = run(job, arrangements, place, console.print)
     except InvalidArgument as error:
         typer.echo(f"paracomm bench ddp: {error}", err=True)
