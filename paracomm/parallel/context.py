@@ -89,12 +89,14 @@ class ContextAttention(Attention):
         self.train(core.training)
         self.group = group
         self.method = method
+        self.whole = False
+        """Whether every rank has the whole sequence for now, see plan.whole_sequences."""
 
     def forward(
         self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, *, causal: bool = True, key_mask: Tensor | None = None
     ) -> Tensor:
         """out_BHTK of this rank's queries. `key_mask`: bool [B, S] of this rank's keys, on all ranks or on none."""
-        if self.group.world_size == 1:
+        if self.group.world_size == 1 or self.whole:
             return super().forward(q_BHTK, k_BGSK, v_BGSK, causal=causal, key_mask=key_mask)
         T, S = q_BHTK.shape[2], k_BGSK.shape[2]
         q_positions, k_positions = self._positions(T, S, causal)

@@ -338,11 +338,16 @@ def parallelize(
 
 @contextmanager
 def whole_sequences(model: nn.Module) -> Iterator[None]:
-    """Inside, a sequence-parallel model takes sequences of any length, as generation needs them. Without gradients."""
+    """Inside, every rank has whole sequences, of any length, under sequence and context parallelism too, as generation
+    needs them. Without gradients."""
     regions = {id(region): region for module in model.modules() if isinstance(region := _region(module), Region)}
+    cores = [module for module in model.modules() if isinstance(module, ContextAttention)]
     with ExitStack() as stack:
         for region in regions.values():
             stack.enter_context(region.whole())
+        for core in cores:
+            core.whole = True
+            stack.callback(setattr, core, "whole", False)
         yield
 
 

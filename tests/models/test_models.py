@@ -178,6 +178,10 @@ def test_what_does_not_fit_is_named():
 
 
 # --- ranks ---
+def source_of(config: DecoderConfig) -> dict[str, Tensor]:
+    return source() if isinstance(config, Seq2SeqConfig) else {}
+
+
 def on_ranks(rank: Rank, config: DecoderConfig, sequence: bool) -> dict[str, Tensor]:
     comm = rank.connect()
     mesh = Mesh(comm, tp=rank.world_size)
@@ -191,8 +195,7 @@ def on_ranks(rank: Rank, config: DecoderConfig, sequence: bool) -> dict[str, Ten
         if "tp" in getattr(parameter, "partial", ()):
             gradient = comm.all_reduce(gradient.clone())
         results[name] = gradient
-    extra = source() if isinstance(config, Seq2SeqConfig) else {}
-    results["text"] = generate(model, tokens(0, 3), 11, temperature=0, **extra)
+    results["text"] = generate(model, tokens(0, 3), 11, temperature=0, **source_of(config))
     mesh.close()
     comm.close()
     return results
@@ -205,8 +208,7 @@ def test_two_ranks_are_one_process(config, sequence):
     with rng.at(place()):
         total, _ = call(model, tokens(0), targets())
     total.backward()
-    extra = source() if isinstance(config, Seq2SeqConfig) else {}
-    text = generate(model, tokens(0, 3), 11, temperature=0, **extra)
+    text = generate(model, tokens(0, 3), 11, temperature=0, **source_of(config))
     for found in run_ranks(2, on_ranks, config, sequence):
         torch.testing.assert_close(found.pop("loss"), total.detach(), rtol=1e-12, atol=0)
         assert torch.equal(found.pop("text"), text)
@@ -214,6 +216,18 @@ def test_two_ranks_are_one_process(config, sequence):
         for name, parameter in model.named_parameters():
             scale = parameter.grad.abs().max()
             assert (found[name] - parameter.grad).abs().max() <= 1e-12 * scale, name
+
+
+def written_under_context_parallelism(rank: Rank, config: DecoderConfig) -> Tensor:
+    with rank.connect() as comm, Mesh(comm, cp=rank.world_size) as mesh:
+        model = parallelize(build(config), mesh)
+        return generate(model, tokens(0, 3), 11, temperature=0, **source_of(config))
+
+
+@ALL
+def test_context_parallel_ranks_write_whole_sequences(config):
+    text = generate(build(config), tokens(0, 3), 11, temperature=0, **source_of(config))
+    assert all(torch.equal(found, text) for found in run_ranks(2, written_under_context_parallelism, config))
 
 
 @DECODERS
