@@ -321,7 +321,7 @@ def check_refusals(rank: Rank) -> None:
         ring(x[:, :, :3], x[:, :, :3], x[:, :, :3])
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     layer = parallelize(layer, Mesh(comm, cp=2))
-    with pytest.raises(InvalidArgument, match="not causal needs.*no context parallelism"):
+    with pytest.raises(InvalidArgument, match=r"not causal needs.*no context parallelism"):
         layer(torch.zeros(1, 4, 8), src_mask=torch.ones(4, 4).tril(1) == 0)
 
 
