@@ -1,0 +1,405 @@
+"""Layouts of one training run, the run itself on one process and on a mesh, and the table of docs/layouts.md.
+
+LAYOUTS are held to one process over STEPS steps; PROBES, whose gradients are rounded on purpose, step by step. Every pair
+of FEATURES is in one of them or in REFUSALS. `python -m tests.parallel.layouts docs/layouts.md` writes the table anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paracomm import hooks
+from paracomm.errors import InvalidArgument
+from paracomm.models import Decoder, DecoderConfig, Seq2Seq, Seq2SeqConfig
+from paracomm.parallel import DataParallel, Mesh, parallelize, rng
+from paracomm.parallel.attention import POSITION_BITS, Attention
+from paracomm.parallel.context import context_positions
+from paracomm.parallel.recompute import recompute
+from paracomm.parallel.shard import gather_parameter
+
+SEED, ROWS, VOCABULARY, STEPS = 7, 8, 53, 50
+MAX_NORM = 0.5
+# With AdamW's own eps of 1e-8 a gradient that is nothing but float32's rounding would be a step of full size.
+ADAMW = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.1}
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
+BUCKETS = {"bucket_bytes": 6000, "first_bucket_bytes": 2000}
+
+
+# --- models ---
+@dataclass(frozen=True)
+class Variant:
+    """A model and the length of its sequences; `source` of the encoder's, where it has one."""
+
+    config: DecoderConfig
+    source: int = 0
+
+    def build(self) -> nn.Module:
+        if isinstance(self.config, Seq2SeqConfig):
+            return Seq2Seq(self.config, SEED)
+        return Decoder(self.config, SEED)
+
+
+def decoder(width: int, heads: int, T: int, **options: Any) -> Variant:
+    return Variant(DecoderConfig(width, 2, heads, T, 0.1, VOCABULARY, **options))
+
+
+def seq2seq(width: int, heads: int, T: int, S: int, **options: Any) -> Variant:
+    return Variant(Seq2SeqConfig(width, 2, heads, T, 0.1, VOCABULARY, encoder_depth=1, **options), S)
+
+
+LLAMA: dict[str, Any] = {"positions": "rotary", "norm": "rms", "mlp": "swiglu"}
+VARIANTS = {
+    "gpt": decoder(24, 4, 16),
+    "llama": decoder(24, 4, 16, kv_heads=2, **LLAMA),
+    "mixed": decoder(24, 6, 12, kv_heads=3, norm="rms", bias=True, hidden=50),
+    "five": decoder(20, 5, 20, mlp="swiglu"),
+    "seven": decoder(28, 7, 14, **LLAMA),
+    "eight": decoder(16, 8, 16, bias=True),
+    "seq2seq": seq2seq(24, 4, 16, 8, bias=True),
+    "translator": seq2seq(24, 4, 16, 16, kv_heads=2, **LLAMA),
+}
+
+
+# --- layouts ---
+FEATURES = ("hook", "ZeRO", "tp", "sequence", "cp", "recompute", "bfloat16", "accumulation", "clip")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything clips, so every layout has the feature "clip"."""
+
+    variant: str = "gpt"
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    zero: int = 0
+    sequence: bool = False
+    context: str = "ring"
+    recompute: str = "none"
+    accumulate: int = 1
+    precision: str | None = None
+    hook: str | None = None
+    chunks: int | None = None
+    overlap: bool = True
+    bucket_bytes: int = BUCKETS["bucket_bytes"]
+    quick: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.cp * self.tp
+
+    @property
+    def name(self) -> str:
+        sizes = [f"{axis}{size}" for axis in ("dp", "cp", "tp") if (size := getattr(self, axis)) > 1]
+        parts = [
+            self.variant,
+            *sizes,
+            "sequence" * self.sequence,
+            f"zero{self.zero}" * (self.zero > 0),
+            self.context * (self.context != "ring"),
+            self.recompute * (self.recompute != "none"),
+            f"accumulate{self.accumulate}" * (self.accumulate > 1),
+            self.precision or "",
+            self.hook or "",
+            f"chunks{self.chunks}" * (self.chunks is not None),
+            f"buckets{self.bucket_bytes}" * (self.bucket_bytes != BUCKETS["bucket_bytes"]),
+            "late" * (not self.overlap),
+        ]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def features(self) -> frozenset[str]:
+        has = {
+            "hook": self.hook is not None,
+            "ZeRO": self.zero > 0,
+            "tp": self.tp > 1,
+            "sequence": self.sequence,
+            "cp": self.cp > 1,
+            "recompute": self.recompute != "none",
+            "bfloat16": self.precision is not None,
+            "accumulation": self.accumulate > 1,
+            "clip": True,
+        }
+        return frozenset(name for name in FEATURES if has[name])
+
+
+LAYOUTS = [
+    # one process, through the same wrappers
+    Layout("gpt"),
+    Layout("llama", zero=3, recompute="full", accumulate=2),
+    # 2
+    Layout("gpt", dp=2, quick=True),
+    Layout("llama", dp=2, zero=1),
+    Layout("gpt", dp=2, zero=2, accumulate=4),
+    Layout("mixed", dp=2, zero=3, recompute="selective", quick=True),
+    Layout("gpt", dp=2, accumulate=2, recompute="full"),
+    Layout("mixed", dp=2, zero=1, accumulate=2),
+    Layout("llama", tp=2, quick=True),
+    Layout("gpt", tp=2, sequence=True, recompute="full"),
+    Layout("gpt", tp=2, recompute="selective", accumulate=2),
+    Layout("llama", cp=2, quick=True),
+    Layout("gpt", cp=2, context="ulysses", recompute="selective"),
+    Layout("gpt", cp=2, zero=3, accumulate=2),
+    Layout("seq2seq", dp=2, zero=3),
+    Layout("seq2seq", tp=2, sequence=True, accumulate=2),
+    Layout("seq2seq", cp=2, quick=True),
+    Layout("translator", tp=2, chunks=3, sequence=True),
+    # 3
+    Layout("gpt", dp=3, zero=2),
+    Layout("mixed", tp=3, sequence=True),
+    Layout("mixed", cp=3, zero=1),
+    Layout("mixed", cp=3, context="ulysses", recompute="full"),
+    # 4
+    Layout("llama", dp=4, zero=3, accumulate=2),
+    Layout("gpt", dp=2, tp=2, zero=1, quick=True),
+    Layout("gpt", dp=2, tp=2, zero=3, sequence=True, quick=True),
+    Layout("llama", dp=2, cp=2, zero=2),
+    Layout("llama", dp=2, cp=2, zero=3, context="ulysses", recompute="full"),
+    Layout("gpt", cp=2, tp=2, sequence=True, quick=True),
+    Layout("llama", cp=2, tp=2, accumulate=2, recompute="full"),
+    Layout("gpt", tp=4, sequence=True, chunks=2),
+    Layout("gpt", cp=4),
+    Layout("gpt", cp=4, context="ulysses", zero=2),
+    Layout("seq2seq", dp=2, tp=2, zero=2, sequence=True, quick=True),
+    Layout("translator", cp=2, tp=2, recompute="selective"),
+    Layout("translator", dp=2, cp=2, zero=1, accumulate=2),
+    Layout("seq2seq", cp=4, context="ulysses"),
+    # 5
+    Layout("five", dp=5, zero=1),
+    Layout("five", tp=5, sequence=True),
+    Layout("five", cp=5),
+    # 6
+    Layout("mixed", dp=2, tp=3, zero=3),
+    Layout("mixed", cp=2, tp=3, sequence=True),
+    Layout("mixed", dp=2, cp=3, zero=2),
+    # 7
+    Layout("seven", dp=7, zero=3),
+    Layout("seven", tp=7),
+    Layout("seven", cp=7),
+    # 8
+    Layout("gpt", dp=8, zero=2),
+    Layout("eight", tp=8, sequence=True),
+    Layout("eight", dp=2, tp=4, zero=1, accumulate=2),
+    Layout("gpt", dp=2, cp=2, tp=2, zero=3, sequence=True, recompute="full"),
+    Layout("llama", dp=2, cp=2, tp=2, zero=2),
+    Layout("eight", cp=8),
+    Layout("seq2seq", dp=2, cp=2, tp=2, zero=3, sequence=True),
+    Layout("seq2seq", dp=4, tp=2, zero=2),
+]
+
+
+# --- data ---
+Batch = dict[str, Tensor]
+
+
+def batch(variant: Variant, step: int) -> Batch:
+    """[ROWS, T] or [ROWS, S] each: tokens that count up, a quarter of the targets masked, and all of row 0's."""
+    data = torch.Generator().manual_seed(step)
+    T, S = variant.config.context, variant.source
+    first, stride = torch.randint(0, VOCABULARY, (2, ROWS, 1), generator=data)
+    text = (first + (1 + stride % 4) * torch.arange(max(T, S) + 1)) % VOCABULARY
+    masked = torch.rand(ROWS, T, generator=data) < 0.25
+    masked[0] = True
+    found = {"tokens": text[:, :T], "targets": text[:, 1 : T + 1].masked_fill(masked, -100)}
+    if S:
+        lengths = torch.randint(1, S + 1, (ROWS, 1), generator=data)
+        found |= {"source": text[:, :S].flip(1), "mask": torch.arange(S) < lengths}
+    return found
+
+
+def loss_sum(model: nn.Module, b: Batch) -> Tensor:
+    total: Tensor
+    if "source" in b:
+        total, _ = model(b["source"], b["tokens"], b["targets"], b["mask"])
+    else:
+        total, _ = model(b["tokens"], b["targets"])
+    return total
+
+
+def place(variant: Variant, step: int, rows: Tensor, cp: int = 1, index: int = 0) -> rng.Place:
+    source = context_positions(variant.source, cp, index) if variant.source else None
+    return rng.Place(SEED, step, rows, context_positions(variant.config.context, cp, index), source)
+
+
+# --- masks ---
+Masks = dict[int, Tensor]
+"""{stream: int64, sorted: twice each element's number, and one more where it stays}."""
+
+
+@contextmanager
+def recorded_masks() -> Iterator[Callable[[], Masks]]:
+    """All that is drawn inside."""
+    drawn: dict[int, list[Tensor]] = {}
+    original = rng.keep_mask
+
+    def keep_mask(stream: int, base: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
+        mask = original(stream, base, offsets, *rest)
+        drawn.setdefault(stream, []).append((2 * (base[..., None] + offsets) + mask).flatten())
+        return mask
+
+    rng.keep_mask = keep_mask
+    try:
+        yield lambda: {stream: torch.cat(parts).unique() for stream, parts in drawn.items()}
+    finally:
+        rng.keep_mask = original
+
+
+def expect_same_masks(comm: Any, found: Masks, expected: Masks, attention: set[int]) -> None:
+    """Every element that a rank draws is one process's, and together they draw all that is not hidden."""
+    for stream, whole in sorted(expected.items()):
+        mine = torch.isin(whole, found.get(stream, whole[:0]))
+        assert int(mine.sum()) == len(found.get(stream, ())), f"stream {stream}: bits that one process does not draw"
+        drawn = comm.all_reduce(mine.to(torch.int32), "max") > 0
+        if stream in attention:
+            places = whole >> 1
+            key, query = (places >> shift & (1 << POSITION_BITS) - 1 for shift in (0, POSITION_BITS))
+            drawn |= key > query
+        assert drawn.all(), f"stream {stream}: {int((~drawn).sum())} elements that no rank draws"
+    assert not found.keys() - expected.keys()
+
+
+# --- the run ---
+@dataclass
+class Run:
+    initial: dict[str, Tensor]
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    masks: Masks
+    """Of step 0."""
+
+
+@cache
+def one_process(name: str, dtype: torch.dtype) -> Run:
+    """Plain torch, but for dropout."""
+    variant = VARIANTS[name]
+    model = variant.build().to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    run = Run({n: p.detach().clone() for n, p in model.named_parameters()}, [], [], {}, {})
+    for step in range(STEPS):
+        with recorded_masks() if step == 0 else nullcontext(dict) as masks:
+            run.losses.append(backward(model, variant, step))
+            run.masks = run.masks or masks()
+        run.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        optimizer.step()
+    run.weights = {n: p.detach() for n, p in model.named_parameters()}
+    return run
+
+
+def backward(model: nn.Module, variant: Variant, step: int) -> float:
+    """The loss of the whole batch on one process; gradients are in the parameters."""
+    whole = batch(variant, step)
+    with rng.at(place(variant, step, torch.arange(ROWS))):
+        loss = loss_sum(model, whole) / (whole["targets"] != -100).sum()
+    model.zero_grad()
+    loss.backward()
+    return float(loss.detach())
+
+
+class Trainer:
+    """One layout on the ranks of `comm`; `local` is the largest gradient that this rank had before a reduction."""
+
+    def __init__(self, comm: Any, layout: Layout, dtype: torch.dtype, kind: Any, **options: Any) -> None:
+        self.layout, self.variant = layout, VARIANTS[layout.variant]
+        self.mesh = Mesh(comm, dp=layout.dp, cp=layout.cp, tp=layout.tp)
+        model = parallelize(
+            self.variant.build().to(dtype), self.mesh, sequence=layout.sequence, context=layout.context,
+            chunks=layout.chunks,
+        )  # fmt: skip
+        recompute(model, layout.recompute)
+        self.local = 0.0
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self._note)
+        self.state: Any = None
+        hooked: dict[str, Any] = {}
+        if layout.hook is not None:
+            self.state, hook = hooks.make_hook(layout.hook, self.mesh.group("dp", "cp"))
+            hooked = {"hook": hook, "state": self.state}
+        self.parallel = DataParallel(
+            model, self.mesh, zero=layout.zero, average=False, precision=layout.precision, overlap=layout.overlap,
+            bucket_bytes=layout.bucket_bytes, first_bucket_bytes=max(1, layout.bucket_bytes // 3), **hooked,
+        )  # fmt: skip
+        self.optimizer = self.parallel.optimizer(kind, **options)
+
+    def _note(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.local = max(self.local, float(parameter.grad.abs().max()))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole, on every rank: those that the optimizer steps."""
+        masters: dict[str, Any] = {}
+        if self.layout.precision is not None:
+            masters = self.optimizer.state_dict()["state"]
+        with self.parallel.gathered():
+            return {
+                name: gather_parameter(p, self.mesh, masters.get(name, {}).get("master")).clone()
+                for name, p in self.parallel.module.named_parameters()
+            }
+
+    def step(self, step: int) -> tuple[float, float]:
+        """(loss of the whole batch, norm before clipping)."""
+        mesh, layout = self.mesh, self.layout
+        group = mesh.group("dp", "cp")
+        mine = {name: mesh.shard(x) for name, x in batch(self.variant, step).items()}
+        rows = mesh.shard_rows(torch.arange(ROWS))
+        count = group.all_reduce((mine["targets"] != -100).sum())
+        loss = torch.zeros((), dtype=torch.float64)
+        self.optimizer.zero_grad()
+        for index, own in enumerate(torch.arange(len(rows)).chunk(layout.accumulate)):
+            last = index + 1 == layout.accumulate
+            with rng.at(place(self.variant, step, rows[own], layout.cp, mesh.index("cp"))):
+                total = loss_sum(self.parallel, {name: x[own] for name, x in mine.items()}) / count
+            with nullcontext() if last else self.parallel.no_sync():
+                total.backward()
+            loss += total.detach()
+        self.parallel.finish()
+        norm = self.parallel.clip_(MAX_NORM)
+        self.optimizer.step()
+        return float(group.all_reduce(loss)), norm
+
+    def close(self) -> None:
+        if self.state is not None:
+            self.state.close()
+        self.mesh.close()
+
+
+def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference, relative to the largest entry of its tensor, and where it is."""
+    assert found.keys() == expected.keys()
+    return max((float((found[n] - b).abs().max() / b.abs().max()), n) for n, b in expected.items())
+
+
+def spread(trainer: Trainer, comm: Any, dtype: torch.dtype, steps: int = STEPS) -> dict[str, Any]:
+    """How far the run of a layout is from that on one process; initial weights and masks must be the same bits."""
+    expected = one_process(trainer.layout.variant, dtype)
+    initial = trainer.weights()
+    assert initial.keys() == expected.initial.keys()
+    assert all(torch.equal(x, expected.initial[name]) for name, x in initial.items()), "initial weights"
+    cores = {core.stream for core in trainer.parallel.module.modules() if isinstance(core, Attention)}
+    losses, norms = [], []
+    for step in range(steps):
+        with recorded_masks() if step == 0 else nullcontext(dict) as masks:
+            loss, norm = trainer.step(step)
+        if step == 0:
+            expect_same_masks(comm, masks(), expected.masks, cores)
+        losses.append(loss)
+        norms.append(norm)
+
+    def worst(ours: list[float], theirs: list[float]) -> float:
+        return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=False))
+
+    found: dict[str, Any] = {"losses": worst(losses, expected.losses), "norms": worst(norms, expected.norms)}
+    if steps == STEPS:
+        found["weights"], found["where"] = apart(trainer.weights(), expected.weights)
+    return found
