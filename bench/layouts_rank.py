@@ -90,14 +90,6 @@ class Contender:
         return loss.detach()
 
 
-class Alone(Contender):
-    """One process, nothing sent: what a rank computes, if it had no peers."""
-
-    def __init__(self, task: Task) -> None:
-        self.model = task.model()
-        self.optimizer = adamw(self.model)
-
-
 class Ours(Contender):
     def __init__(self, task: Task, comm: Any) -> None:
         mesh = Mesh(comm, tp=task.tp(comm.world_size))
@@ -120,14 +112,18 @@ class LinearHead(nn.Linear):
 
 
 class Theirs(Contender):
-    """torch on Gloo, each as its documentation has it."""
+    """torch on Gloo, each as its documentation has it; with `alone`, on a mesh of this rank only."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, alone: bool = False) -> None:
         ranks, tp = dist.get_world_size(), task.tp(dist.get_world_size())
-        mesh = init_device_mesh("cpu", (ranks // tp, tp), mesh_dim_names=("dp", "tp"))
+        shape = (ranks, 1, 1) if alone else (1, ranks // tp, tp)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "dp", "tp"))
         model: nn.Module = task.model()
         if task.kind == "ddp":
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=task.bucket_mib)
+            model = DistributedDataParallel(
+                model, process_group=mesh["dp"].get_group(), gradient_as_bucket_view=True,
+                bucket_cap_mb=task.bucket_mib,
+            )  # fmt: skip
         if tp > 1:
             model = self._tensor_parallel(model, mesh["tp"])
         if "fsdp" in task.kind:
@@ -187,8 +183,9 @@ def against_torch(task: Task, comm: Any) -> dict[str, Any]:
 
 
 def compute_alone(task: Task, comm: Any, tokens: Tensor, times: int = 5) -> float:
-    """Seconds that a step computes: forward and backward over tp, the optimizer over all who share its state."""
-    alone, tp = Alone(task), task.tp(comm.world_size)
+    """Seconds of torch's step without its communication: each rank's own step as if it had no peers, forward and
+    backward over tp, the optimizer over all who share its state."""
+    alone = Theirs(task, alone=True)
     alone.step(tokens)
     owners = 1 if task.kind == "ddp" else comm.world_size
     whole, optimizer = [], []
@@ -198,7 +195,7 @@ def compute_alone(task: Task, comm: Any, tokens: Tensor, times: int = 5) -> floa
         comm.barrier()
         optimizer.append(timed(alone.optimizer.step))
     update = statistics.median(optimizer)
-    return (statistics.median(whole) - update) / tp + update / owners
+    return (statistics.median(whole) - update) / task.tp(comm.world_size) + update / owners
 
 
 # --- overlap ---
