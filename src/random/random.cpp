@@ -19,19 +19,21 @@ const RandomTable& table() noexcept {
   return kBaselineRandom;
 }
 
-/// out[i] = element first + i of a sequence that `blocks(block, n, values)` gives `per_block` at a time.
+/// out[i] = element first + i, modulo 2^64, of a sequence that `blocks(block, n, values)` gives `per_block` at a time.
 template <size_t per_block, class T, class Blocks>
 void cut_from_blocks(uint64_t first, size_t count, T* out, Blocks&& blocks) {
   constexpr size_t kBuffered = 64;
   while (count) {
     const size_t skipped = first % per_block;
+    const size_t to_last = static_cast<size_t>(~first / per_block + 1);  // blocks before the first one again
     size_t taken;
     if (skipped == 0 && count >= per_block) {
-      taken = count / per_block * per_block;
-      blocks(first / per_block, taken / per_block, out);
+      const size_t n = std::min(count / per_block, to_last);
+      taken = n * per_block;
+      blocks(first / per_block, n, out);
     } else {
       T buffer[kBuffered * per_block];
-      const size_t n = std::min((skipped + count + per_block - 1) / per_block, kBuffered);
+      const size_t n = std::min({(skipped + count + per_block - 1) / per_block, kBuffered, to_last});
       taken = std::min(count, n * per_block - skipped);
       blocks(first / per_block, n, buffer);
       std::memcpy(out, buffer + skipped, taken * sizeof(T));

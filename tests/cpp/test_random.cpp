@@ -45,7 +45,7 @@ constexpr RandomKey kKey{0x0123456789abcdef, 11, 12};
 
 /// Bases at every alignment and across 2^32 blocks and 2^64; offsets in runs of several lengths, and by themselves.
 void test_masks() {
-  const std::vector<int64_t> bases = {0, 1, 2, 3, (int64_t{1} << 34) - 5, -9};
+  const std::vector<int64_t> bases = {0, 1, 2, 3, (int64_t{1} << 34) - 5, -9, -31, -2600, -10802};
   std::vector<int64_t> offsets;
   for (int64_t length : {1, 3, 4, 64, 255, 257, 1031})
     for (int64_t i = 0; i < length; ++i) offsets.push_back(10 * length + i);
