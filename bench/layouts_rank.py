@@ -157,6 +157,17 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def timed_together(comm: Any, function: Callable[[], Any]) -> float:
+    """Until all ranks are through, which share cores."""
+
+    def all_of_them() -> None:
+        function()
+        comm.barrier()
+
+    comm.barrier()
+    return timed(all_of_them)
+
+
 def against_torch(task: Task, comm: Any) -> dict[str, Any]:
     """Seconds of a step in turns of ours and torch's, and of the same computation with nobody to wait for."""
     dist.init_process_group("gloo")
@@ -190,10 +201,8 @@ def compute_alone(task: Task, comm: Any, tokens: Tensor, times: int = 5) -> floa
     owners = 1 if task.kind == "ddp" else comm.world_size
     whole, optimizer = [], []
     for _ in range(times):
-        comm.barrier()
-        whole.append(timed(lambda: alone.step(tokens)))
-        comm.barrier()
-        optimizer.append(timed(alone.optimizer.step))
+        whole.append(timed_together(comm, lambda: alone.step(tokens)))
+        optimizer.append(timed_together(comm, alone.optimizer.step))
     update = statistics.median(optimizer)
     return (statistics.median(whole) - update) / task.tp(comm.world_size) + update / owners
 
