@@ -24,7 +24,7 @@ from paracomm.models import GPTConfig
 from paracomm.train.config import TrainConfig
 from paracomm.train.data import load_corpus
 from paracomm.train.loop import Trainer
-from paracomm.train.replicas import DDPReplicas, ParacommReplicas, use_one_thread
+from paracomm.train.replicas import MeshReplicas, TorchReplicas, use_one_thread
 
 RESULTS = Path(__file__).with_name("results") / "train_vs_ddp.jsonl"
 AGREEMENT = 1e-4
@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         bucket_mib=args.bucket_mib,
     )
     corpus = load_corpus()
-    ranks = {"paracomm": ParacommReplicas(), "ddp": DDPReplicas("gloo")}
+    ranks = {"paracomm": MeshReplicas(), "ddp": TorchReplicas("gloo")}
     trainers = {name: Trainer(config, replicas, corpus) for name, replicas in ranks.items()}
     losses = {name: turn(trainer, 0, args.block)[1] for name, trainer in trainers.items()}
     if abs(losses["paracomm"] - losses["ddp"]) > AGREEMENT * losses["ddp"]:
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     result = {
         "bench": "train_vs_ddp",
         "ranks": args.ranks,
-        "parameters": sum(parameter.numel() for parameter in trainers["paracomm"].model.parameters()),
+        "parameters": trainers["paracomm"].parameter_count,
         "batch": args.batch,
         "context": args.context,
         "bucket_mib": args.bucket_mib,

@@ -1,4 +1,4 @@
-"""`paracomm train`: a byte-level GPT, trained data-parallel."""
+"""`paracomm train`: a byte-level GPT, trained on one process or on a mesh of them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,24 @@ def train(
     clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides weights, data order and dropout.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    dp: Annotated[
+        int | None,
+        typer.Option(help="Ranks that share a batch; default: what --cp and --tp leave.", show_default=False),
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Ranks that share each layer; a divisor of --heads.")] = 1,
+    cp: Annotated[int, typer.Option(help="Ranks that share each sequence; --context a multiple of 2 CP.")] = 1,
+    zero: Annotated[int, typer.Option(help="0 to 3: dp ranks share states, gradients too, weights too.")] = 0,
+    sequence: Annotated[
+        bool, typer.Option("--sequence", help="Sequence parallel: tp ranks share activations too.")
+    ] = False,
+    cp_method: Annotated[str, typer.Option(help="How attention goes over cp: ring or ulysses.")] = "ring",
+    hook: Annotated[
+        str | None, typer.Option(help="How gradients travel: int8, bf16, ... default: as they are.", show_default=False)
+    ] = None,
+    recompute: Annotated[str, typer.Option(help="In backward: none, selective (attention), full (blocks).")] = "none",
+    precision: Annotated[
+        str | None, typer.Option(help="bfloat16, with weights of --dtype in the optimizer.", show_default=False)
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A text file or a folder of them; default: Python's own sources.")
     ] = None,
@@ -44,16 +62,17 @@ def train(
     prompt: Annotated[str, typer.Option(help="Start of the sample.")] = "def ",
     sample_bytes: Annotated[int, typer.Option(help="Length of the sample.")] = 400,
     check: Annotated[
-        bool, typer.Option("--check", help="Compare a few steps with the same model in one process instead.")
+        bool, typer.Option("--check", help="Compare a few steps of this layout with one process instead.")
     ] = False,
     check_steps: Annotated[int, typer.Option(help="Steps of --check.")] = 5,
 ) -> None:
-    """Train a byte-level GPT data-parallel, by default on the Python standard library's own sources.
+    """Train a byte-level GPT on any layout of ranks, by default on the Python standard library's own sources.
 
-    One process by itself, or several: torchrun --nproc-per-node 2 -m paracomm train
+    One process by itself, or several: torchrun --nproc-per-node 4 -m paracomm train --tp 2 --zero 2
     """
     try:
         from paracomm.models.gpt import GPTConfig
+        from paracomm.parallel import Layout
         from paracomm.train.config import TrainConfig
     except ModuleNotFoundError as error:
         typer.echo(f"train needs {error.name}: pip install 'paracomm[train]'", err=True)
@@ -61,6 +80,7 @@ def train(
     try:
         config = TrainConfig(
             model=GPTConfig(width=width, depth=depth, heads=heads, context=context, dropout=dropout),
+            layout=Layout(dp, cp, tp, zero, sequence, cp_method, hook, recompute, precision),  # type: ignore[arg-type]
             steps=steps,
             batch=batch,
             accumulate=accumulate,
@@ -116,16 +136,16 @@ def _print_agreement(rows: list[Agreement], agreed: bool) -> None:
 
     from paracomm.train.check import TOLERANCE
 
-    table = Table(title="data-parallel against one process, relative errors")
-    for column in ("dtype", "step", "loss", "error", "gradient error", "limit", "worst in", "ranks hold", ""):
+    table = Table(title="this layout against one process, relative errors")
+    for column in ("dtype", "step", "loss", "error", "norm", "weights", "limit", "worst in", "ranks hold", ""):
         table.add_column(column, overflow="fold")
     for row in rows:
+        errors = [f"{error:.0e}" for error in (row.loss_error, row.norm_error, row.weight_error)]
         table.add_row(
             row.dtype,
             str(row.step),
             f"{row.loss:.4f}",
-            f"{row.loss_error:.0e}",
-            f"{row.gradient_error:.0e}",
+            *errors,
             f"{TOLERANCE[row.dtype]:.0e}",
             row.worst_parameter.removesuffix(".weight"),
             "same bits" if row.identical_ranks else "DIFFERENT BITS",
@@ -134,4 +154,4 @@ def _print_agreement(rows: list[Agreement], agreed: bool) -> None:
     console = Console()
     console.width = max(console.width, 110)
     console.print(table)
-    console.print("losses and gradients agree" if agreed else "losses or gradients DISAGREE")
+    console.print("losses and weights agree" if agreed else "losses or weights DISAGREE")

@@ -2,23 +2,23 @@
 
 A checkpoint is a folder `step-00000200` with model.safetensors, optimizer.pt and state.json. It is written beside under
 a temporary name, every file and the folder are fsynced, and one rename makes it visible; a process that dies before
-leaves the last whole checkpoint as it was. Data order and dropout are functions of (seed, step, rank), so the step is
-all that has to be kept of them.
+leaves the last whole checkpoint as it was. Data order and dropout are functions of (seed, step, place in the batch), so
+the step is all that has to be kept of them. Weights and states are whole: any layout loads what any other saved.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model, save
-from torch import nn
+from torch import Tensor, nn
 
 from paracomm.errors import Error
 
@@ -27,11 +27,11 @@ KEPT = 2
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], state: dict[str, Any]
 ) -> Path:
     """Writes the checkpoint of `step` into `folder`, drops all but the last two, and returns its path.
 
-    One process calls it. `state` is anything that JSON takes.
+    One process calls it, with what whole_state() gives. `state` is anything that JSON takes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".saving-*"):
@@ -39,12 +39,9 @@ def save_checkpoint(
     whole = folder / f"step-{step:08d}"
     part = folder / f".saving-{whole.name}"
     part.mkdir()
-    # A tied weight has one name here, its first; load_model puts it back under all.
-    named = itertools.chain(model.named_parameters(), model.named_buffers())
-    tensors = {name: tensor.detach().contiguous() for name, tensor in named}
-    _write(part / "model.safetensors", save(tensors))
+    _write(part / "model.safetensors", save({name: tensor.contiguous() for name, tensor in weights.items()}))
     with (part / "optimizer.pt").open("wb") as file:
-        torch.save(optimizer.state_dict(), file)
+        torch.save(optimizer, file)
         _sync(file.fileno(), file)
     _write(part / "state.json", json.dumps({"step": step, **state}, indent=1).encode())
     _sync_folder(part)
@@ -73,13 +70,17 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts weights and optimizer state back. Raises Error if a file is missing, damaged, or of another model."""
+def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Puts the weights into `model`, whole as it is, and returns the optimizer's state.
+
+    Raises Error if a file is missing, damaged, or of another model.
+    """
     try:
-        load_model(model, path / "model.safetensors")
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+        load_model(model, path / "model.safetensors")  # under all names of a tied weight
+        optimizer: dict[str, Any] = torch.load(path / "optimizer.pt", weights_only=True)
     except Exception as error:
         raise Error(f"checkpoint '{path}' does not load: {error}") from error
+    return optimizer
 
 
 def _write(path: Path, data: bytes) -> None:

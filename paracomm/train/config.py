@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from paracomm.errors import InvalidArgument
 from paracomm.models.gpt import GPTConfig
+from paracomm.parallel import Layout
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 REDUCERS = ("paracomm", "ddp")
@@ -17,9 +18,13 @@ REDUCERS = ("paracomm", "ddp")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. `batch` is the global batch in sequences; ranks and accumulation split it evenly."""
+    """One run. `batch` is the global batch in sequences; ranks of dp and accumulation split it evenly.
+
+    Raises InvalidArgument for what cannot be, in a setting or in the layout, as far as it shows without the ranks.
+    """
 
     model: GPTConfig = field(default_factory=GPTConfig)
+    layout: Layout = field(default_factory=Layout)
     steps: int = 2000
     batch: int = 12
     accumulate: int = 1
@@ -59,18 +64,32 @@ class TrainConfig:
             raise InvalidArgument(f"train: name is '{self.name}', expected a plain folder name")
         if not self.prompt:
             raise InvalidArgument("train: the prompt is empty, expected at least one byte")
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        shape, layout = self.model, self.layout
+        layout.check(
+            heads=shape.heads, kv_heads=shape.key_value_heads, vocabulary=shape.vocabulary, length=shape.context
+        )
+        if layout.dp is not None:
+            self.share(layout.dp)
+        if self.reducer == "ddp" and replace(layout, dp=None) != Layout():
+            raise InvalidArgument(
+                f"train: reducer ddp with {layout}: DistributedDataParallel is plain data parallelism; use reducer "
+                "paracomm"
+            )
 
     @property
     def folder(self) -> Path:
         """Where metrics and checkpoints of this run lie."""
         return self.runs / self.name
 
-    def share(self, world_size: int) -> int:
-        """Sequences that one rank sees in one backward pass."""
-        parts = world_size * self.accumulate
+    def share(self, dp: int) -> int:
+        """Sequences that one of `dp` ranks sees in one backward pass."""
+        parts = dp * self.accumulate
         if self.batch % parts:
             raise InvalidArgument(
-                f"train: a batch of {self.batch} sequences does not divide by {world_size} ranks x "
+                f"train: a batch of {self.batch} sequences does not divide by {dp} ranks of dp x "
                 f"{self.accumulate} accumulation steps"
             )
         return self.batch // parts

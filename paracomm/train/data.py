@@ -3,7 +3,7 @@
 The corpus is by default the text of the Python standard library's own sources, which every machine has. Some files are
 held out whole, so that evaluation never sees a neighbour of what was trained on.
 
-The global batch of a step is a function of (seed, step). Rank r of n takes rows [r * B/n, (r + 1) * B/n): n ranks
+The global batch of a step is a function of (seed, step). Rank r of the n of dp takes rows [r * B/n, (r + 1) * B/n): all
 together see what one process sees, and a resumed run goes on where it stopped with nothing to save but the step.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from paracomm.errors import InvalidArgument
+from paracomm.parallel.loss import IGNORED
 
 MAX_BYTES = 16 << 20
 HELD_OUT_ONE_IN = 20
@@ -133,12 +134,18 @@ def batch(
 def evaluation_batches(
     text: Tensor, context: int, windows: int, sequences: int, *, rank: int = 0, world_size: int = 1
 ) -> list[tuple[Tensor, Tensor]]:
-    """This rank's part of up to `windows` windows spread evenly over `text`, in batches of at most `sequences`."""
+    """This rank's part of up to `windows` windows spread evenly over `text`, in batches of at most `sequences`.
+
+    Every rank has equally many windows; one that only fills up has targets of -100, which do not count.
+    """
     _expect_length(text, context)
     last = len(text) - context - 1
     windows = min(windows, last // context + 1)
-    starts = np.array([math.floor(i * last / max(windows - 1, 1)) for i in range(windows)])[rank::world_size]
-    return [_windows(text, context, starts[i : i + sequences]) for i in range(0, len(starts), sequences)]
+    starts = [math.floor(i * last / max(windows - 1, 1)) for i in range(windows)][rank::world_size]
+    own, most = len(starts), -(-windows // world_size)
+    inputs, targets = _windows(text, context, np.array(starts + [0] * (most - own)))
+    targets[own:] = IGNORED
+    return list(zip(inputs.split(sequences), targets.split(sequences), strict=True))
 
 
 def _expect_length(text: Tensor, context: int) -> None:

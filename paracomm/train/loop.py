@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from paracomm.errors import Error, InvalidArgument, Mismatch
-from paracomm.models.gpt import GPT, next_byte_loss
+from paracomm.models.gpt import GPT
 from paracomm.parallel.bucket import MIB
+from paracomm.parallel.loss import IGNORED
 from paracomm.parallel.rng import Place, at
 from paracomm.train.checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from paracomm.train.config import DTYPES, TrainConfig
 from paracomm.train.data import Corpus, batch, evaluation_batches, load_corpus
 from paracomm.train.metrics import Display, MetricLog
 from paracomm.train.replicas import Replicas, open_replicas, use_one_thread
+from paracomm.train.whole import load_whole_state, whole_state
 
 FINAL_LR_SHARE = 0.1
 
@@ -34,7 +38,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class Trainer:
-    """Model, optimizer and data of one rank; `backward` and `update` make one step."""
+    """Model, optimizer and data of one rank; `backward` and `update` make one step. Everything is collective."""
 
     def __init__(
         self, config: TrainConfig, replicas: Replicas, corpus: Corpus, resume_from: Path | None = None
@@ -42,41 +46,59 @@ class Trainer:
         self.config = config
         self.replicas = replicas
         self.corpus = corpus
-        self._share = config.share(replicas.world_size)
-        self.model = GPT(config.model, seed=config.seed).to(DTYPES[config.dtype])
-        self.optimizer = _adamw(self.model, config)
-        if resume_from is not None:
-            load_checkpoint(resume_from, self.model, self.optimizer)
-        self.replicated = replicas.replicate(self.model, int(config.bucket_mib * MIB))
+        self._share = config.share(replicas.part[1])
+        self._positions = replicas.positions(config.model.context)
+        model = GPT(config.model, seed=config.seed).to(DTYPES[config.dtype])
+        self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
+        saved = None if resume_from is None else load_checkpoint(resume_from, model)
+        self.replicated = replicas.replicate(model, int(config.bucket_mib * MIB))
+        self.model = cast("GPT", self.replicated.module)
+        self.optimizer = self.replicated.optimizer(
+            torch.optim.AdamW, _groups(self.model, config), lr=config.lr, betas=(0.9, 0.95), fused=True
+        )
+        if saved is not None:
+            load_whole_state(self.replicated, self.optimizer, saved)
 
     def backward(self, step: int) -> Tensor:
-        """Gradients of `step`'s global batch in every parameter; returns this rank's share of the loss, in nats."""
-        config, rank = self.config, self.replicas.rank
+        """Gradients of `step`'s global batch, reduced; returns this rank's share of the loss, in nats.
+
+        The mean over all ranks is the loss: each has equally many positions.
+        """
+        config, (index, parts) = self.config, self.replicas.part
         inputs, targets = batch(
             self.corpus.train,
             config.model.context,
             config.batch,
             seed=config.seed,
             step=step,
-            rank=rank,
-            world_size=self.replicas.world_size,
+            rank=index,
+            world_size=parts,
         )
-        self.model.zero_grad()
+        self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
-        for index, (x_BT, y_BT) in enumerate(zip(inputs.split(self._share), targets.split(self._share), strict=True)):
-            last = index == config.accumulate - 1
-            first = (rank * config.accumulate + index) * self._share
-            place = Place(config.seed, step, torch.arange(first, first + len(x_BT)), torch.arange(x_BT.shape[1]))
+        for turn, (x_BT, y_BT) in enumerate(zip(inputs.split(self._share), targets.split(self._share), strict=True)):
+            last = turn == config.accumulate - 1
+            place = self._place(step, (index * config.accumulate + turn) * self._share, len(x_BT))
             with at(place), nullcontext() if last else self.replicated.no_sync():
-                loss = next_byte_loss(self.replicated(x_BT), y_BT) / config.accumulate
+                nats, count = self._nats(self.replicated, x_BT, y_BT)
+                loss = nats / (count * config.accumulate)
                 loss.backward()
             total += loss.detach()
         self.replicated.finish()
         return total
 
-    def update(self, step: int) -> Tensor:
+    def _place(self, step: int, first_row: int, rows: int) -> Place:
+        return Place(self.config.seed, step, torch.arange(first_row, first_row + rows), self._positions)
+
+    def _nats(self, model: Callable[..., Any], x_BT: Tensor, y_BT: Tensor) -> tuple[Tensor, int]:
+        """The sum over this rank's positions, and how many these are, fillers included."""
+        x_BT, y_BT = x_BT[:, self._positions], y_BT[:, self._positions]
+        nats, _ = model(x_BT, y_BT)
+        return nats, y_BT.numel()
+
+    def update(self, step: int) -> float:
         """Clips, steps the optimizer, and returns the gradients' global norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = self.replicated.clip_(self.config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         self.optimizer.step()
@@ -87,25 +109,34 @@ class Trainer:
         """Bits a byte on the held-out text, over all ranks."""
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
+        index, parts = self.replicas.part
         for x_BT, y_BT in evaluation_batches(
             self.corpus.held_out,
             self.config.model.context,
             self.config.eval_windows,
             self._share,
-            rank=self.replicas.rank,
-            world_size=self.replicas.world_size,
+            rank=index,
+            world_size=parts,
         ):
-            sums += torch.tensor([float(next_byte_loss(self.model(x_BT), y_BT)) * x_BT.numel(), x_BT.numel()])
+            with at(self._place(0, 0, len(x_BT))):
+                nats, _ = self._nats(self.model, x_BT, y_BT)
+            sums += torch.tensor([float(nats), int((y_BT[:, self._positions] != IGNORED).sum())])
         self.model.train()
         self.replicas.sum(sums)
         return float(sums[0] / sums[1]) / math.log(2)
 
+    def sample(self) -> bytes:
+        """The prompt and what follows, on rank 0; b"" elsewhere, unless ranks have to write together."""
+        layout = self.config.layout
+        if self.replicas.rank and layout.tp == 1 and layout.zero < 3:
+            return b""
+        return self.model.generate(self.config.prompt.encode(), self.config.sample_bytes, seed=self.config.seed)
 
-def _adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 @dataclass
@@ -150,7 +181,7 @@ def train(config: TrainConfig) -> Result:
     and what communication raises.
     """
     use_one_thread()
-    replicas = open_replicas(config.reducer, config.backend)
+    replicas = open_replicas(config.reducer, config.backend, config.layout)
     try:
         return _train(config, replicas)
     finally:
@@ -158,7 +189,7 @@ def train(config: TrainConfig) -> Result:
 
 
 def _train(config: TrainConfig, replicas: Replicas) -> Result:
-    config.share(replicas.world_size)
+    config.share(replicas.part[1])
     corpus = load_corpus(config.data)
     _expect_same(replicas, int(corpus.digest[:12], 16), f"the text under '{corpus.source}'")
     checkpoint = _checkpoint_to_resume(config, corpus)
@@ -188,7 +219,7 @@ def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step
     for step in range(first_step, config.steps):
         start, blocked = time.perf_counter(), trainer.replicated.blocked_s or 0.0
         window.loss += float(trainer.backward(step))
-        norm = float(trainer.update(step))
+        norm = trainer.update(step)
         window.seconds += time.perf_counter() - start
         window.blocked_s += (trainer.replicated.blocked_s or 0.0) - blocked
         window.steps += 1
@@ -213,9 +244,10 @@ def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step
 
 
 def _save(trainer: Trainer, step: int) -> None:
+    weights, optimizer = whole_state(trainer.replicated, trainer.optimizer)
     if trainer.replicas.rank == 0:
         state = {"config": trainer.config.described(), "corpus": trainer.corpus.digest}
-        save_checkpoint(trainer.config.folder / "checkpoints", step, trainer.model, trainer.optimizer, state)
+        save_checkpoint(trainer.config.folder / "checkpoints", step, weights, optimizer, state)
     trainer.replicas.barrier()
 
 
@@ -257,11 +289,11 @@ def _expect_same(replicas: Replicas, value: int, what: str) -> None:
 
 def _introduce(display: Display, trainer: Trainer, first_step: int, log: MetricLog | None) -> None:
     config, corpus, replicas = trainer.config, trainer.corpus, trainer.replicas
-    shape = config.model
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    shape, layout = config.model, str(config.layout)
     display.say(
-        f"GPT of {parameters:,} parameters (width {shape.width}, depth {shape.depth}, context {shape.context}), "
-        f"{replicas.world_size} x {config.reducer}, batch {config.batch} x {shape.context} bytes"
+        f"GPT of {trainer.parameter_count:,} parameters (width {shape.width}, depth {shape.depth}, context "
+        f"{shape.context}), {replicas.world_size} x {config.reducer}{layout and f' ({layout})'}, batch {config.batch} "
+        f"x {shape.context} bytes"
     )
     display.say(
         f"text: {len(corpus.train):,} bytes in {corpus.files[0]} files, {len(corpus.held_out):,} held out in "
@@ -274,10 +306,8 @@ def _introduce(display: Display, trainer: Trainer, first_step: int, log: MetricL
 
 
 def _conclude(trainer: Trainer, display: Display, held_out_bits: float) -> Result:
-    config, unigram_bits, sample = trainer.config, trainer.corpus.unigram_bits(), b""
-    if trainer.replicas.rank == 0:
-        sample = trainer.model.generate(config.prompt.encode(), config.sample_bytes, seed=config.seed)
-        display.say(f"held-out {held_out_bits:.3f} bits/byte; byte frequencies alone give {unigram_bits:.3f}")
-        display.say(f"run in {config.folder}; a sample:\n{sample.decode(errors='replace')}")
+    config, unigram_bits, sample = trainer.config, trainer.corpus.unigram_bits(), trainer.sample()
+    display.say(f"held-out {held_out_bits:.3f} bits/byte; byte frequencies alone give {unigram_bits:.3f}")
+    display.say(f"run in {config.folder}; a sample:\n{sample.decode(errors='replace')}")
     trainer.replicas.barrier()
     return Result(config.steps, held_out_bits, unigram_bits, sample)

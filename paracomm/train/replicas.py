@@ -1,10 +1,10 @@
-"""The ranks of a run as the training loop sees them: our communicator, or torch DDP beside it for comparison."""
+"""The ranks of a run as the training loop sees them: a mesh of ours, or torch by itself beside it for comparison."""
 
 from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -13,57 +13,36 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paracomm
 from paracomm.errors import InvalidArgument
-from paracomm.parallel import DataParallel
+from paracomm.parallel import DataParallel, Layout
 from paracomm.parallel.bucket import MIB
+from paracomm.parallel.context import context_positions
 
 
-class Replicated(Protocol):
-    """A model on every rank, whose gradients are averages after finish()."""
+class MeshReplicas:
+    """Ranks of paracomm on a mesh, as `layout` says; comm None: those of this job.
 
-    def __call__(self, *args: Any) -> Any: ...
+    This one takes share part[0] of part[1] of a batch.
+    """
 
-    def no_sync(self) -> AbstractContextManager[None]: ...
-
-    def finish(self) -> None: ...
-
-    @property
-    def blocked_s(self) -> float | None: ...
-
-
-class Replicas(Protocol):
-    """All ranks of a run."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    def replicate(self, model: nn.Module, bucket_bytes: int) -> Replicated: ...
-
-    def sum(self, x: Tensor) -> Tensor: ...
-
-    def barrier(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class ParacommReplicas:
-    """Ranks that talk through a paracomm communicator."""
-
-    def __init__(self, comm: Any = None) -> None:
+    def __init__(self, layout: Layout | None = None, comm: Any = None) -> None:
+        self.layout = Layout() if layout is None else layout
         self.comm = paracomm.init() if comm is None else comm
+        self.mesh = self.layout.mesh(self.comm)
         self.rank: int = self.comm.rank
         self.world_size: int = self.comm.world_size
+        self.part = self.mesh.index("dp"), self.mesh.size("dp")
+
+    def positions(self, length: int) -> Tensor:
+        """This rank's of a sequence, int64."""
+        return context_positions(length, self.mesh.size("cp"), self.mesh.index("cp"))
 
     def replicate(self, model: nn.Module, bucket_bytes: int) -> DataParallel:
-        """`model` with rank 0's parameters; the first bucket is at most a quarter of the others."""
-        return DataParallel(
-            model, self.comm, bucket_bytes=bucket_bytes, first_bucket_bytes=max(1, min(MIB, bucket_bytes // 4))
-        )
+        """`model` by the layout; the first bucket is at most a quarter of the others."""
+        first = max(1, min(MIB, bucket_bytes // 4))
+        return self.layout.spread(model, self.mesh, bucket_bytes=bucket_bytes, first_bucket_bytes=first)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of `x` over the ranks, in place."""
+        """The sum of `x` over all ranks, in place."""
         self.comm.all_reduce(x, op="sum")
         return x
 
@@ -71,94 +50,88 @@ class ParacommReplicas:
         self.comm.barrier()
 
     def close(self) -> None:
+        self.mesh.close()
         self.comm.close()
 
 
-class _DDP:
-    def __init__(self, model: nn.Module, bucket_bytes: int) -> None:
-        self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_bytes / MIB)
-        self.blocked_s = None  # DDP waits inside of backward and does not say for how long
+class TorchReplica:
+    """A model of torch's own, under DDP or by itself, as the loop uses a DataParallel."""
+
+    blocked_s = None
+    """DDP waits inside of backward and does not say for how long."""
+
+    def __init__(self, module: nn.Module, ddp: DistributedDataParallel | None) -> None:
+        self.module, self._ddp = module, ddp
 
     def __call__(self, *args: Any) -> Any:
-        return self._model(*args)
+        return self.module(*args) if self._ddp is None else self._ddp(*args)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        return self._model.no_sync()
+        return nullcontext() if self._ddp is None else self._ddp.no_sync()
 
     def finish(self) -> None:
         pass
 
+    def optimizer(self, kind: type[torch.optim.Optimizer], groups: Any, **options: Any) -> torch.optim.Optimizer:
+        return kind(groups, **options)
 
-class DDPReplicas:
-    """Ranks of torch.distributed under DistributedDataParallel, on any backend it knows."""
+    def clip_(self, max_norm: float) -> float:
+        return float(nn.utils.clip_grad_norm_(self.module.parameters(), max_norm))
 
-    def __init__(self, backend: str = "gloo") -> None:
-        self._owned = not dist.is_initialized()
+
+class TorchReplicas:
+    """Ranks of torch.distributed under DistributedDataParallel, on any backend it knows.
+
+    backend None: one process by itself, with nothing of ours: what all ranks are measured against.
+    """
+
+    def __init__(self, backend: str | None = "gloo") -> None:
+        self.ddp = backend is not None
+        self._owned = self.ddp and not dist.is_initialized()
         if self._owned:
-            if "RANK" in os.environ:
-                dist.init_process_group(backend)
-            else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        self.rank: int = dist.get_rank()
-        self.world_size: int = dist.get_world_size()
+            alone: dict[str, Any] = (
+                {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            )
+            dist.init_process_group(backend, **alone)
+        self.rank: int = dist.get_rank() if self.ddp else 0
+        self.world_size: int = dist.get_world_size() if self.ddp else 1
+        self.part = self.rank, self.world_size
 
-    def replicate(self, model: nn.Module, bucket_bytes: int) -> _DDP:
-        """`model` under DDP with gradients as views into its buckets."""
-        return _DDP(model, bucket_bytes)
+    def positions(self, length: int) -> Tensor:
+        return torch.arange(length)
+
+    def replicate(self, model: nn.Module, bucket_bytes: int) -> TorchReplica:
+        """`model`, under DDP with gradients as views into its buckets."""
+        if not self.ddp:
+            return TorchReplica(model, None)
+        cap = bucket_bytes / MIB
+        return TorchReplica(model, DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=cap))
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over the ranks, in place."""
-        dist.all_reduce(x)
+        if self.ddp:
+            dist.all_reduce(x)
         return x
 
     def barrier(self) -> None:
-        dist.barrier()
+        if self.ddp:
+            dist.barrier()
 
     def close(self) -> None:
         if self._owned:
             dist.destroy_process_group()
 
 
-class _Plain:
-    blocked_s = 0.0
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __call__(self, *args: Any) -> Any:
-        return self._model(*args)
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def finish(self) -> None:
-        pass
+Replica: TypeAlias = DataParallel | TorchReplica
+Replicas: TypeAlias = MeshReplicas | TorchReplicas
 
 
-class Alone:
-    """One process by itself, with no reducer between model and optimizer: what the ranks are measured against."""
-
-    rank, world_size = 0, 1
-
-    def replicate(self, model: nn.Module, bucket_bytes: int) -> _Plain:
-        return _Plain(model)
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x
-
-    def barrier(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def open_replicas(reducer: str, backend: str) -> Replicas:
+def open_replicas(reducer: str, backend: str, layout: Layout) -> Replicas:
     """The ranks of this job, by `--reducer`; `backend` is torch.distributed's, for reducer ddp only."""
     if reducer == "paracomm":
-        return ParacommReplicas()
+        return MeshReplicas(layout)
     if reducer == "ddp":
-        return DDPReplicas(backend)
+        return TorchReplicas(backend)
     raise InvalidArgument(f"train: reducer is '{reducer}', expected paracomm or ddp")
 
 
