@@ -15,16 +15,16 @@ CONFIG = GPTConfig(width=64, depth=6, heads=2, context=16)
 BUCKET_BYTES = 100_000
 
 
-def alive() -> int:
-    """Bytes of the storages of all tensors that Python knows."""
+def alive() -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors that Python knows, by address."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
-    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not each.is_sparse]
+    return {s.data_ptr(): s for s in (tensor.untyped_storage() for tensor in tensors)}
 
 
 def measure(rank: Rank, zero: int, precision: str | None):
     comm = rank.connect()
-    before = alive()
+    before = alive()  # of the process that this one was forked from; holding on to them keeps their addresses taken
     parallel = DataParallel(
         GPT(CONFIG), comm, zero=zero, precision=precision, bucket_bytes=BUCKET_BYTES, first_bucket_bytes=BUCKET_BYTES
     )
@@ -53,7 +53,8 @@ def measure(rank: Rank, zero: int, precision: str | None):
     sizes = [p.numel() for p in parallel.module.parameters()]
     units = [sum(p.numel() for p in block.parameters()) for block in parallel.module.blocks]
     largest = max(sum(p.numel() for p in bucket.members) for bucket in parallel.reducer.buckets)
-    return peak, held, alive() - before, (sum(sizes), max(units), sum(sizes) - sum(units), largest)
+    known = sum(storage.nbytes() for address, storage in alive().items() if address not in before)
+    return peak, held, known, (sum(sizes), max(units), sum(sizes) - sum(units), largest)
 
 
 def formula(zero, n, mixed, elements, unit, root, bucket):
