@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm.errors import Error, InvalidArgument
+from paracomm.hooks import LocalSGDState, local_sgd_hook
 from paracomm.hooks.lane import keeps_order, one_at_a_time, raised_by, wait_while_well
 from paracomm.parallel.reduction import (
     GradientCommunicator,
@@ -48,6 +49,7 @@ from paracomm.parallel.reduction import (
     start_all_reduce,
     start_reduce_scatter,
 )
+from paracomm.parallel.shard import shard_of
 
 MIB = 1 << 20
 ALIGN = 64
@@ -126,8 +128,12 @@ class Bucket:
         """The parameters, in the order of the buffer."""
         return list(self.members)
 
+    def holds_shards_and_others(self) -> bool:
+        """Whether some parameters are shards of larger ones, and some are not."""
+        return len({shard_of(member) is None for member in self.members}) > 1
+
     def is_last(self) -> bool:
-        """Whether no other bucket leaves after this one in a step."""
+        """Whether a hook is given no other bucket after this one in a step."""
         return self.last
 
     def set_buffer(self, buffer: Tensor) -> None:
@@ -185,8 +191,8 @@ class Reducer:
         comm_of: the communicator that reduces a parameter's gradient, where it is not `comm`; hooks are not asked then.
         unit_of: parameters that `unit_of(name)` tells apart are in different buckets.
 
-    Raises InvalidArgument for no parameters, sizes below 1, and a hook with ZeRO 2 or 3, and Error where the order of
-    calls is wrong.
+    Raises InvalidArgument for no parameters, sizes below 1, and a hook that cannot be used (see set_hook), and Error
+    where the order of calls is wrong.
     """
 
     def __init__(
@@ -219,13 +225,16 @@ class Reducer:
         """Seconds that backward and finish() spent blocked, since the start."""
         self.on_arrived: Callable[[Bucket], None] | None = None
         """Called when all gradients of a bucket are there."""
+        self.buckets: list[Bucket] = []
+        self._mixed = precision is not None
         self.set_hook(hook, state)
         groups = {id(p): comm if comm_of is None else comm_of(p) for _, p in named}
 
         def apart(name: str, parameter: nn.Parameter) -> Hashable:
-            return id(groups[id(parameter)]), None if unit_of is None else unit_of(name)
+            # A hook errs by the whole bucket. What all ranks of tp hold must err alike on them, away from their shards.
+            alike = hook is not all_reduce_hook and shard_of(parameter) is None
+            return id(groups[id(parameter)]), None if unit_of is None else unit_of(name), alike
 
-        self.buckets = []
         for index, members in enumerate(plan_buckets(named, bucket_bytes, first_bucket_bytes, apart, precision)):
             first = members[0][1]
             dtype = precision if precision is not None and first.is_floating_point() else first.dtype
@@ -234,7 +243,8 @@ class Reducer:
             if zero < 2:
                 bucket.fill_in(new_flat(bucket.comm, bucket.count, first, dtype))
             self.buckets.append(bucket)
-        self.buckets[-1].last = True
+        for bucket in [bucket for bucket in self.buckets if bucket.comm is comm][-1:]:
+            bucket.last = True
         self._launched = 0
         self._completed = 0
         self._adds = False
@@ -249,12 +259,24 @@ class Reducer:
         """Averages by `hook(state, bucket)` from the next step on; without a state it is given the communicator.
 
         A hook that is not ours is called on a thread, for one bucket after the other (paracomm.hooks.lane). Raises
-        InvalidArgument under ZeRO 2 and 3, and for a state of ours over another number of ranks.
+        InvalidArgument under ZeRO 2 and 3, for local SGD under ZeRO 1 and under mixed precision, for a state of ours
+        over another number of ranks, and where tensor parallelism needs to know of a hook from the start.
         """
         if hook is not all_reduce_hook and self.zero > 1:
             raise InvalidArgument(
                 f"ZeRO {self.zero} takes no gradient hook: a hook averages whole buckets on every rank, and under ZeRO "
                 f"{self.zero} a rank receives its own block only; use ZeRO 0 or 1"
+            )
+        if (hook is local_sgd_hook or isinstance(state, LocalSGDState)) and (self.zero or self._mixed):
+            raise InvalidArgument(
+                "local SGD takes no ZeRO 1, under which ranks whose gradients differ would step parts of one model"
+                if self.zero
+                else "local SGD takes no mixed precision: it averages parameters, which follow from float32 weights"
+            )
+        if hook is not all_reduce_hook and any(bucket.holds_shards_and_others() for bucket in self.buckets):
+            raise InvalidArgument(
+                "this hook comes too late: under tensor parallelism buckets of shards are apart from others only where "
+                "the hook is known from the start; give it to DataParallel(hook=...)"
             )
         ranks = getattr(getattr(state, "wire", None), "world_size", self.comm.world_size)
         if ranks != self.comm.world_size:
@@ -431,16 +453,22 @@ def plan_buckets(
     apart: Callable[[str, nn.Parameter], Hashable] = lambda name, parameter: None,
     precision: torch.dtype | None = None,
 ) -> list[list[tuple[str, nn.Parameter]]]:
-    """Splits parameters, last first, into groups of one dtype and device, ordered by when backward fills them."""
+    """Splits parameters, last first, into groups of one dtype and device, ordered by when backward fills them.
+
+    Where what is `apart` is cut depends on nothing else: ranks of tp, whose shards have other sizes, share some groups.
+    """
     opened: dict[Hashable, list[tuple[str, nn.Parameter]]] = {}
     closed: list[list[tuple[str, nn.Parameter]]] = []
-    for name, parameter in reversed(named):
+    small: Hashable = None
+    for index, (name, parameter) in enumerate(reversed(named)):
         key = (parameter.dtype, parameter.device, apart(name, parameter))
+        small = key if index == 0 else small
         group = opened.setdefault(key, [])
-        limit = bucket_bytes if closed else first_bucket_bytes
+        limit = first_bucket_bytes if key == small else bucket_bytes
         if group and sum(_nbytes(p, precision) for _, p in group) + _nbytes(parameter, precision) > limit:
             closed.append(group)
             group = opened[key] = []
+            small = None if key == small else small
         group.append((name, parameter))
     place = {id(parameter): index for index, (_, parameter) in enumerate(reversed(named))}
     return sorted([*closed, *opened.values()], key=lambda group: place[id(group[-1][1])])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from paracomm.comm import Communicator as OurCommunicator
 from paracomm.errors import InvalidArgument, Mismatch
+from paracomm.hooks import HookState
 from paracomm.parallel.bucket import COMMUNICATOR, MIB, Hook, Reducer, all_reduce_hook
 from paracomm.parallel.clip import global_norm, scale
 from paracomm.parallel.mesh import Mesh
@@ -106,6 +107,8 @@ class DataParallel(nn.Module):
             comm_of=self._group,
             unit_of=unit_of.__getitem__,
         )
+        if isinstance(state, HookState):
+            state.bind(module)
         self._weights = [Weights(bucket) for bucket in self.reducer.buckets]
         _broadcast([p for p in module.parameters() if not p.requires_grad], self.comm)
         _broadcast(list(module.buffers()), self.comm)

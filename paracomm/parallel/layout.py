@@ -17,7 +17,7 @@ from torch import nn
 
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
-from paracomm.hooks import HOOKS, HookState, make_hook
+from paracomm.hooks import HOOKS, make_hook
 from paracomm.parallel.bucket import COMMUNICATOR, MIB, all_reduce_hook
 from paracomm.parallel.context import Method
 from paracomm.parallel.data import PRECISIONS, DataParallel
@@ -183,13 +183,10 @@ class Layout:
         hook: Any = all_reduce_hook
         if self.hook is not None:
             state, hook = make_hook(self.hook, mesh.group("dp", "cp"))
-        spread = DataParallel(
+        return DataParallel(
             model, mesh, bucket_bytes=bucket_bytes, first_bucket_bytes=first_bucket_bytes, hook=hook, state=state,
             zero=self.zero, precision=self.precision,
         )  # fmt: skip
-        if isinstance(state, HookState):
-            state.bind(spread)
-        return spread
 
     def __str__(self) -> str:
         """What is not the default, as "dp 2, tp 2, zero 3"."""

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paracomm.errors import Error, InvalidArgument
+from paracomm.hooks import local_sgd_hook
 from paracomm.parallel import Reducer
 from paracomm.parallel.bucket import ALIGN, plan_buckets
+from paracomm.parallel.shard import Shard
 
 
 class Done:
@@ -61,6 +63,50 @@ def test_the_first_bucket_is_small():
     named = [(str(i), nn.Parameter(torch.empty(100))) for i in range(10)]
     groups = plan_buckets(named, bucket_bytes=1600, first_bucket_bytes=400)
     assert [len(group) for group in groups] == [1, 4, 4, 1]
+
+
+@pytest.mark.parametrize("rows", [26, 27])
+def test_other_groups_are_cut_alike_whatever_a_shard_is(rows):
+    """Two ranks of tp, whose rows of a vocabulary differ, reduce the norms together."""
+    sizes = {"norm.a": 100, "norm.b": 100, "shard.a": 100, "shard.b": rows}
+    named = [(name, nn.Parameter(torch.empty(size))) for name, size in sizes.items()]
+    groups = plan_buckets(named, 800, 4 * 126, lambda name, parameter: name.split(".")[0])
+    assert [[name for name, _ in group] for group in groups if group[0][0].startswith("norm")] == [["norm.b", "norm.a"]]
+
+
+def test_a_hook_is_told_of_the_last_bucket_that_it_sees():
+    first, second, whole = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), OneRank()
+    seen = []
+
+    def hook(state, bucket):
+        seen.append((bucket.parameters(), bucket.is_last()))
+        return Done()
+
+    named = [("first", first.weight), ("second", second.weight)]
+    other = OneRank()
+    reducer = Reducer(named, whole, hook=hook, comm_of=lambda p: other if p is first.weight else whole)
+    second(first(torch.ones(1, 3))).sum().backward()
+    reducer.finish()
+    assert [last for _, last in seen] == [True] and seen[0][0][0] is second.weight
+    assert [bucket.members[0] is first.weight for bucket in reducer.buckets] == [False, True]
+
+
+def test_a_hook_sees_shards_apart_from_what_all_ranks_of_tp_hold():
+    model = nn.Linear(3, 3)
+    model.weight.shard = Shard(0, 0, 3, 6)
+    hook = lambda state, bucket: Done()  # noqa: E731
+    assert len(Reducer(model.named_parameters(), OneRank(), hook=hook).buckets) == 2
+    reducer = Reducer(model.named_parameters(), OneRank())
+    assert len(reducer.buckets) == 1
+    with pytest.raises(InvalidArgument, match="this hook comes too late"):
+        reducer.set_hook(hook)
+
+
+@pytest.mark.parametrize(("options", "reason"), [({"zero": 1}, "no ZeRO 1"), (
+    {"precision": torch.bfloat16}, "no mixed precision")])  # fmt: skip
+def test_local_sgd_refuses_what_needs_one_model(options, reason):
+    with pytest.raises(InvalidArgument, match=f"local SGD takes {reason}"):
+        Reducer(nn.Linear(3, 3).named_parameters(), OneRank(), hook=local_sgd_hook, state=None, **options)
 
 
 def test_gradients_are_views_into_buckets_of_the_communicator():
