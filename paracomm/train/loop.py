@@ -120,7 +120,8 @@ class Trainer:
         ):
             with at(self._place(0, 0, len(x_BT))):
                 nats, _ = self._nats(self.model, x_BT, y_BT)
-            sums += torch.tensor([float(nats), int((y_BT[:, self._positions] != IGNORED).sum())])
+            sums[0] += nats
+            sums[1] += (y_BT[:, self._positions] != IGNORED).sum()
         self.model.train()
         self.replicas.sum(sums)
         return float(sums[0] / sums[1]) / math.log(2)

@@ -43,7 +43,7 @@ def test_ddp_over_gloo_trains_and_reports_on_rank_0_alone(options, tmp_path):
 def test_check_prints_a_table(options, reducer):
     (code, said), _ = run_ranks(2, on_rank, [*options, "--check", "--check-steps", "2", "--reducer", reducer])
     assert code == 0, said
-    assert said.count(" ok ") == 4 and "losses and gradients agree" in said
+    assert said.count(" ok ") == 4 and "losses and weights agree" in said
 
 
 def without_launcher(rank: Rank, options: list[str]) -> tuple[int, str]:
@@ -55,6 +55,53 @@ def without_launcher(rank: Rank, options: list[str]) -> tuple[int, str]:
 def test_one_process_needs_no_launcher(options):
     ((code, said),) = run_ranks(1, without_launcher, options)
     assert code == 0 and "1 x paracomm" in said
+
+
+def test_a_mesh_trains_by_flags(options, tmp_path):
+    flags = ["--tp", "2", "--sequence", "--zero", "2", "--recompute", "full", "--precision", "bfloat16"]
+    (code, said), (other_code, other_said) = run_ranks(2, on_rank, [*options, *flags])
+    assert code == other_code == 0
+    assert "2 x paracomm (tp 2, zero 2, sequence, recompute full, precision bfloat16)" in said
+    assert "a sample:" in said and other_said == ""
+    assert (tmp_path / "runs/gpt/checkpoints/step-00000004/model.safetensors").exists()
+
+
+REFUSED = {
+    "--tp 4": "tp 4 does not divide the 2 heads",
+    "--tp 0": "tp is 0, expected a number of ranks",
+    "--dp 3": "4 sequences does not divide by 3 ranks of dp",
+    "--cp 2 --context 18": "sequences of 18 positions with cp 2",
+    "--tp 4 --cp 4 --sequence --context 24 --heads 4": "sequence with tp 4: it does not divide the 6",
+    "--sequence": "sequence with tp 1",
+    "--cp-method ulysses": "cp_method ulysses with cp 1",
+    "--cp-method flash": "cp_method is 'flash', expected one of ring, ulysses",
+    "--cp 2 --tp 2 --cp-method ulysses": "cp 2 does not divide the 1 heads of a rank of tp",
+    "--zero 4": "zero is 4, expected one of 0, 1, 2, 3",
+    "--zero 2 --hook int8": "hook int8 with zero 2",
+    "--zero 3 --hook allreduce": "hook allreduce with zero 3",
+    "--hook zip": "hook is 'zip', expected one of allreduce",
+    "--hook local_sgd": "hook local_sgd averages models",
+    "--recompute all": "recompute is 'all', expected one of none, selective, full",
+    "--precision int8": "precision is 'int8', expected one of bfloat16",
+    "--reducer ddp --zero 1": "reducer ddp with zero 1",
+    "--reducer ddp --hook int8": "reducer ddp with hook int8",
+    "--check --hook topk": "hook topk leaves out most",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_cannot_work_is_refused_before_anything_starts(options, monkeypatch, flags):
+    def started(*_, **__):
+        raise AssertionError("a process was about to connect, or the text to be read")
+
+    monkeypatch.setattr("paracomm.init", started)
+    monkeypatch.setattr("torch.distributed.init_process_group", started)
+    monkeypatch.setattr("paracomm.train.loop.load_corpus", started)
+    app = typer.Typer()
+    app.command()(train)
+    result = CliRunner().invoke(app, [*options, *flags.split()])
+    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert result.output.startswith("error: ") and REFUSED[flags] in result.output
 
 
 def test_errors_are_one_line(options):

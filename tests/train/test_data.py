@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paracomm.errors import InvalidArgument
+from paracomm.parallel.loss import IGNORED
 from paracomm.train.data import Corpus, batch, evaluation_batches, load_corpus
 
 TEXT = (torch.arange(5000) * 7919 % 251).to(torch.uint8)
@@ -48,10 +49,17 @@ def test_evaluation_covers_the_same_windows_on_any_number_of_ranks():
     whole = torch.cat([x for x, _ in evaluation_batches(TEXT, 16, 50, 8)])
     for world_size in (2, 3):
         parts = [evaluation_batches(TEXT, 16, 50, 8, rank=rank, world_size=world_size) for rank in range(world_size)]
-        rows = torch.cat([x for part in parts for x, _ in part])
+        rows = torch.cat([x[y[:, 0] != IGNORED] for part in parts for x, y in part])
         assert sorted(rows.tolist()) == sorted(whole.tolist())
+        # Ranks that gather parameters together need equally many batches of equal sizes.
+        assert len({tuple(len(x) for x, _ in part) for part in parts}) == 1
     assert len(whole) == 50
     assert len(torch.cat([x for x, _ in evaluation_batches(TEXT[:17], 16, 50, 8)])) == 1
+
+
+def test_a_rank_with_nothing_to_evaluate_has_targets_that_do_not_count():
+    ((x, y),) = evaluation_batches(TEXT[:17], 16, 50, 8, rank=1, world_size=2)
+    assert x.shape == y.shape == (1, 16) and bool((y == IGNORED).all())
 
 
 def test_standard_library_is_split_by_file_and_stays_the_same():

@@ -14,13 +14,10 @@ from ranks import Rank, rank_outcomes, run_ranks
 from paracomm.errors import Error, InvalidArgument
 from paracomm.models.gpt import GPT, GPTConfig
 from paracomm.train import loop
-from paracomm.train.check import compare
 from paracomm.train.config import TrainConfig
-from paracomm.train.data import load_corpus
 from paracomm.train.loop import learning_rate
 from paracomm.train.metrics import read_metrics
-from paracomm.train.replicas import Alone, ParacommReplicas
-from tests.parallel.gloo_comm import GlooComm
+from paracomm.train.replicas import MeshReplicas, TorchReplicas
 
 TINY = GPTConfig(width=16, depth=2, heads=2, context=12)
 
@@ -49,15 +46,11 @@ def config(tmp_path, text):
 
 
 def run(config: TrainConfig, replicas=None):
-    return loop._train(config, replicas or Alone())
+    return loop._train(config, replicas or TorchReplicas(None))
 
 
 def losses(config: TrainConfig) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read_metrics(config.folder / "metrics.jsonl") if "loss" in r}
-
-
-def connect(rank: Rank, kind: str) -> ParacommReplicas:
-    return ParacommReplicas(GlooComm() if kind == "gloo" else rank.connect())
 
 
 def test_it_learns(config):
@@ -135,66 +128,27 @@ def test_records_and_events_are_written(config):
     assert json.loads((config.folder / "config.json").read_text())["model"]["width"] == 16
 
 
-def train_on_rank(rank: Rank, config: TrainConfig, kind: str) -> None:
-    replicas = connect(rank, kind)
-    run(config, replicas)
-    replicas.close()
+def test_a_gradient_that_is_not_finite_ends_the_run_by_its_name(config):
+    ((error,),) = run_ranks(1, not_finite, config)
+    assert "the gradient of 'norm.weight' is not finite" in error
 
 
-@pytest.mark.parametrize("kind", ["paracomm", "gloo"])
-def test_ranks_train_as_one_process_does(config, kind):
-    config = replace(config, dtype="float64")
-    run(replace(config, name="one"))
-    run_ranks(3, train_on_rank, config, kind)
-    one = losses(replace(config, name="one"))
-    assert losses(config) == pytest.approx(one, rel=1e-10)
-    resumed = replace(config, steps=16)
-    run_ranks(2, train_on_rank, replace(resumed, resume=True), kind)
-    assert max(losses(config)) == 16
+def not_finite(rank: Rank, config: TrainConfig) -> list[str]:
+    def poison(self, step):
+        found = backward(self, step)
+        self.model.norm.weight.grad[3] = float("nan")
+        return found
 
-
-class SumsInsteadOfMeans(GlooComm):
-    def all_reduce(self, x, op="sum", *, async_op=False):
-        return super().all_reduce(x, "sum", async_op=async_op)
-
-
-class ForgetsOneRank(GlooComm):
-    def all_reduce(self, x, op="sum", *, async_op=False):
-        before = x.clone()
-        result = super().all_reduce(x, op, async_op=False)
-        if op == "avg" and self.rank == 1:
-            x[0] = before[0]
-        return Finished() if async_op else result
-
-
-class Finished:
-    def wait(self):
-        pass
-
-
-def check_on_rank(rank: Rank, config: TrainConfig, comm_type: type | None) -> list[bool]:
-    replicas = ParacommReplicas(comm_type() if comm_type else rank.connect())
-    corpus = load_corpus(config.data)
-    rows = [row for dtype in ("float64", "float32") for row in compare(config, dtype, 3, replicas, corpus)]
-    replicas.close()
-    return [row.ok for row in rows]
-
-
-@pytest.mark.parametrize("comm_type", [GlooComm, None], ids=["gloo", "paracomm"])
-def test_check_agrees(config, comm_type):
-    assert run_ranks(2, check_on_rank, replace(config, accumulate=2), comm_type) == [[True] * 6] * 2
-
-
-@pytest.mark.parametrize("comm_type", [SumsInsteadOfMeans, ForgetsOneRank])
-def test_check_finds_a_wrong_reducer(config, comm_type):
-    for rows in run_ranks(2, check_on_rank, config, comm_type):
-        assert not any(rows)
+    backward, loop.Trainer.backward = loop.Trainer.backward, poison
+    with pytest.raises(Error) as caught:
+        run(config, MeshReplicas(comm=rank.connect()))
+    return [str(caught.value)]
 
 
 def other_text(rank: Rank, config: TrainConfig, folder: Path) -> None:
     path = folder / f"text-{rank.rank}"
     path.write_bytes(b"abc" * (100 + rank.rank))
-    run(replace(config, data=path), connect(rank, "gloo"))
+    run(replace(config, data=path), MeshReplicas(comm=rank.connect()))
 
 
 def test_different_text_on_ranks_is_named(config, tmp_path):
@@ -228,7 +182,7 @@ def test_wrong_settings_are_named(change, named):
 
 
 def test_a_batch_that_does_not_divide_is_named():
-    with pytest.raises(InvalidArgument, match="12 sequences does not divide by 5 ranks x 1"):
+    with pytest.raises(InvalidArgument, match="12 sequences does not divide by 5 ranks of dp x 1"):
         TrainConfig().share(5)
 
 
