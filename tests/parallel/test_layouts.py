@@ -92,7 +92,7 @@ STAGES = [
     {"zero": 0},
     {"zero": 0, "bucket_bytes": 1 << 20},
     {"zero": 0, "overlap": False},
-    {"zero": 1, "bucket_bytes": 2000},
+    {"zero": 1, "bucket_bytes": 5000},
     {"zero": 2},
     {"zero": 2, "overlap": False, "bucket_bytes": 1},
     {"zero": 3},
