@@ -16,26 +16,18 @@ from paracomm import hooks
 from paracomm.errors import InvalidArgument
 from paracomm.parallel import Layout, Mesh
 from tests.parallel.layouts import (
-    ADAMW,
-    BOUNDS,
     CASES,
     FEATURES,
     PROBES,
     REFUSALS,
     VARIANTS,
     Case,
-    Probe,
     Refusal,
-    Trainer,
-    bits,
     cases_of,
-    digest,
-    one_process,
     pairs,
-    probe,
-    spread,
     with_table,
 )
+from tests.parallel.training import ADAMW, BOUNDS, Probe, Trainer, bits, digest, one_process, probe, spread
 
 LIMIT_S = 600
 
