@@ -89,6 +89,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--dropout", type=float, default=0.0)
     options = parser.parse_args()
+    layout = parallel.Layout(cp=options.cp, tp=options.tp, zero=options.zero)
+    layout.check(heads=HEADS, length=LENGTH)  # raises InvalidArgument for what cannot work
     torch.set_num_threads(1)
     alone, spread = before(options), after(options)
     if os.environ.get("RANK", "0") == "0":

@@ -11,7 +11,7 @@ import typer
 
 COMMANDS = {
     "bench": "Measure collectives beside their peers and the floor; `bench ddp`: training by gradient hooks.",
-    "train": "Train a Transformer data-parallel.",
+    "train": "Train a GPT in any layout of ranks.",
     "verify": "Prove the schedules of all algorithms, and measure the proof with mutants.",
     "simulate": "Cost algorithms on a described topology.",
     "tune": "Choose algorithms by simulation and measurement.",

@@ -131,7 +131,9 @@ def open_replicas(reducer: str, backend: str, layout: Layout) -> Replicas:
     if reducer == "paracomm":
         return MeshReplicas(layout)
     if reducer == "ddp":
-        return TorchReplicas(backend)
+        replicas = TorchReplicas(backend)
+        layout.check(world_size=replicas.world_size)
+        return replicas
     raise InvalidArgument(f"train: reducer is '{reducer}', expected paracomm or ddp")
 
 

@@ -104,6 +104,13 @@ def test_what_cannot_work_is_refused_before_anything_starts(options, monkeypatch
     assert result.output.startswith("error: ") and REFUSED[flags] in result.output
 
 
+@pytest.mark.parametrize("reducer", ["ddp", "paracomm"])
+def test_another_number_of_ranks_is_refused(options, tmp_path, reducer):
+    flags = ["--dp", "4", "--reducer", reducer, "--data", str(tmp_path / "nowhere")]
+    for code, said in run_ranks(2, on_rank, [*options, *flags]):
+        assert code == 1 and said == "error: layout: dp 4 x cp 1 x tp 1 = 4 ranks, but the job has 2\n"
+
+
 def test_errors_are_one_line(options):
     ((code, said),) = run_ranks(1, on_rank, [*options, "--batch", "0"])
     assert code == 1
