@@ -32,7 +32,6 @@ LEAST_BYTES = 1 << 18
 """Smaller ones stay in the cache as they are staged: the copy costs nothing that can be measured."""
 _WORDS = 8
 """Of a StorageImpl: a table of functions, reference counts, the pointer, a deleter and its context, and the size."""
-_FORGET = 1024
 
 
 class BucketMapper:
@@ -40,18 +39,16 @@ class BucketMapper:
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._seen: dict[int, int] = {}
+        self._seen: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self.enabled = len(comm.local_ranks) > 1
 
     def notice(self, tensor: torch.Tensor) -> None:
         """Counts, and moves the whole storage of a contiguous CPU tensor at its third sighting."""
         if not self.enabled or tensor.layout is not torch.strided or tensor.nbytes < LEAST_BYTES:
             return
-        address = tensor.data_ptr()
-        seen = self._seen.get(address, 0) + 1
-        if len(self._seen) >= _FORGET:
-            self._seen.clear()
-        self._seen[address] = seen
+        storage = tensor.untyped_storage()
+        seen = self._seen.get(storage, 0) + 1
+        self._seen[storage] = seen
         if seen == SIGHTINGS and not move(tensor, self._comm):
             self.enabled = False
 

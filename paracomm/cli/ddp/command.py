@@ -24,7 +24,7 @@ def ddp(
     hooks: Annotated[str, typer.Option(help=f"{PLAIN}, {', '.join(HOOKS)}, torch:FUNCTION")] = "plain,int8,int4",
     ranks: Annotated[int, typer.Option(help="processes")] = 2,
     hosts: Annotated[str, typer.Option(help="of each rank (0,0,1,1), emulated by bench/hosts.sh; empty: here")] = "",
-    steps: Annotated[int, typer.Option(help="timed steps")] = 40,
+    steps: Annotated[int, typer.Option(help="timed steps, after the hooks' own warm-up")] = 40,
     width: Annotated[int, typer.Option(help="of the model")] = 128,
     depth: Annotated[int, typer.Option(help="of the model")] = 4,
     context: Annotated[int, typer.Option(help="bytes a sequence")] = 128,
