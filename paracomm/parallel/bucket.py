@@ -45,6 +45,7 @@ from paracomm.hooks.lane import keeps_order, one_at_a_time, raised_by, wait_whil
 from paracomm.parallel.reduction import (
     GradientCommunicator,
     Pending,
+    Recycler,
     new_flat,
     start_all_reduce,
     start_reduce_scatter,
@@ -248,7 +249,7 @@ class Reducer:
         self._launched = 0
         self._completed = 0
         self._adds = False
-        self._spare: list[Tensor] = []
+        self._memory = Recycler()
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._on_gradient(bucket, slot))
             for bucket in self.buckets
@@ -327,12 +328,10 @@ class Reducer:
         parameter.grad = view if self.zero < 2 else None
 
     def _open(self, bucket: Bucket) -> None:
-        """Memory for a bucket under ZeRO 2 and 3: one that was reduced gives its own, where the size fits."""
+        """Memory for a bucket under ZeRO 2 and 3."""
         while self._launched - self._completed > IN_FLIGHT:
             self._complete_next()
-        fits = [spare for spare in self._spare if spare.numel() == bucket.count and spare.dtype == bucket.dtype]
-        self._spare = fits[1:]
-        bucket.fill_in(fits[0] if fits else new_flat(bucket.comm, bucket.count, bucket.members[0], bucket.dtype))
+        bucket.fill_in(self._memory.take(bucket.comm, bucket.count, bucket.members[0], bucket.dtype))
 
     def _launch_ready(self) -> None:
         while self._launched < len(self.buckets) and self.buckets[self._launched].missing == 0:
@@ -427,7 +426,7 @@ class Reducer:
             bucket.gradient.copy_(owned)
         if self.zero > 1:
             bucket.data, bucket.views = None, []
-            self._spare.append(data)
+            self._memory.give_back(data)
 
     def _tell_everyone(self, bucket: Bucket, error: BaseException) -> None:
         abort = getattr(self.comm, "abort", None)
@@ -437,7 +436,7 @@ class Reducer:
     def held(self) -> list[Tensor]:
         """The tensors that gradients lie in, spare ones too."""
         kept = [tensor for bucket in self.buckets for tensor in (bucket.data, bucket.gradient) if tensor is not None]
-        return kept + self._spare
+        return kept + self._memory.held()
 
     def remove(self) -> None:
         """Takes the hooks off the parameters; their gradients stay where they are."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from paracomm.comm import Communicator
@@ -54,3 +55,33 @@ def new_flat(comm: Any, count: int, like: Tensor, dtype: Any = None) -> Tensor:
         flat: Tensor = empty((count,), dtype)
         return flat.zero_() if not isinstance(comm, Communicator) else flat
     return like.new_zeros(count, dtype=dtype)
+
+
+class Recycler:
+    """Memory of flat tensors that come and go. What was given back is taken again by one of the same size and dtype;
+    the whole, in use or not, is never more than was in use at one time."""
+
+    def __init__(self) -> None:
+        self._spare: list[Tensor] = []
+        self._used = self._most = 0
+
+    def take(self, comm: Any, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """[count], as of new_flat(), but that it holds anything."""
+        nbytes = count * dtype.itemsize
+        self._used += nbytes
+        self._most = max(self._most, self._used)
+        for index, spare in enumerate(self._spare):
+            if spare.numel() == count and spare.dtype == dtype:
+                return self._spare.pop(index)
+        while self._spare and self._used + sum(spare.nbytes for spare in self._spare) > self._most:
+            self._spare.pop(0)
+        return new_flat(comm, count, like, dtype)
+
+    def give_back(self, flat: Tensor) -> None:
+        """Nobody uses `flat` any more."""
+        self._used -= flat.nbytes
+        self._spare.append(flat)
+
+    def held(self) -> list[Tensor]:
+        """What waits to be taken."""
+        return list(self._spare)

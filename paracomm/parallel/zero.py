@@ -29,7 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from paracomm.errors import InvalidArgument
 from paracomm.parallel.bucket import Bucket
-from paracomm.parallel.reduction import new_flat
+from paracomm.parallel.reduction import Recycler
 from paracomm.parallel.weights import Weights
 
 ROOT = ""
@@ -110,7 +110,7 @@ class Units:
         self.running = 0
         self._units = {name: Unit(name) for name in (ROOT, *names)}
         self._of: dict[int, Unit] = {}
-        self._spare: list[Tensor] = []
+        self._memory = Recycler()
         self._saving: list[Any] = []
         for each in weights:
             unit = self._units[unit_of[each.bucket.names[0]]]
@@ -136,15 +136,10 @@ class Units:
         if unit.started:
             return
         for each in unit.weights:
-            unit.works.append(each.start_gather(self._memory(each.bucket)))
+            bucket = each.bucket
+            full = self._memory.take(bucket.comm, bucket.count, bucket.members[0], bucket.dtype)
+            unit.works.append(each.start_gather(full))
         unit.started = True
-
-    def _memory(self, bucket: Bucket) -> Tensor:
-        for index, spare in enumerate(self._spare):
-            if spare.numel() == bucket.count and spare.dtype == bucket.dtype:
-                return self._spare.pop(index)
-        self._spare.clear()
-        return new_flat(bucket.comm, bucket.count, bucket.members[0], bucket.dtype)
 
     def _ensure(self, unit: Unit) -> None:
         if unit.ready:
@@ -163,7 +158,7 @@ class Units:
         for each in unit.weights:
             full = each.release()
             if full is not None:
-                self._spare.append(full)
+                self._memory.give_back(full)
         unit.started = unit.ready = False
 
     def reach(self, parameter: Tensor) -> None:
@@ -193,7 +188,7 @@ class Units:
 
     def held(self) -> list[Tensor]:
         """Memory that waits for the next unit."""
-        return list(self._spare)
+        return self._memory.held()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

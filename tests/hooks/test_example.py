@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "ddp_hook.py"
 def test_before_and_after(backend: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
     done = subprocess.run(
-        [*command, "--backend", backend, "--steps", "60"], capture_output=True, text=True, timeout=60,
+        [*command, "--backend", backend, "--steps", "60"], capture_output=True, text=True, timeout=150,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
