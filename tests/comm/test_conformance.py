@@ -51,7 +51,7 @@ def test_megabytes(transport: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world_size", [n for n in WORLDS if n != 7])  # 7 adds 110 s, and no kind of world
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_everything(transport: str, world_size: int) -> None:
     """All of it, crossed."""
