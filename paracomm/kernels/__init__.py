@@ -1,0 +1,1 @@
+"""Fused Triton kernels for Transformers, and their eager twins."""

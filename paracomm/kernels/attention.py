@@ -1,0 +1,340 @@
+"""Attention: the operations that run the kernels of attention_forward.py and attention_backward.py, or their eager twin.
+
+Shapes: B batch, H query heads, G key-value heads (H = G R: query head h looks at h // R), T queries, S keys, K head size.
+Strides may be any whose last one is 1. Everything is deterministic: the same bits from run to run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paracomm.errors import InvalidArgument
+from paracomm.kernels import reference, select
+
+HEAD_SIZES = (1, 256)
+NO_WINDOW = -1
+NO_CAP = 0.0
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which weights of attention are dropped: a function of the element's place in the whole batch, see philox.py.
+
+    seed: 64 bits; step, stream: 32 bits; p: 0 <= p < 1. rows: int64 [B], of the samples in the global batch.
+    heads: (first head of this tensor, heads in all). q_positions [T], k_positions [S]: int64, below 2^20; None: 0, 1, ...
+    """
+
+    seed: int
+    step: int
+    stream: int
+    p: float
+    rows: Tensor
+    heads: tuple[int, int]
+    q_positions: Tensor | None = None
+    k_positions: Tensor | None = None
+
+    @property
+    def threshold(self) -> int:
+        """Words below it are dropped."""
+        return min(round(self.p * 2.0**32), 2**32 - 1)
+
+
+def attention(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    key_mask: Tensor | None = None,
+    dropout: Dropout | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    max_q: int | None = None,
+    max_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out_BHTK of q's dtype, lse_BHT float32, natural, without a gradient): softmax(scale q k^T) v.
+
+    Sequences of different lengths lie behind each other with `cu_q` and `cu_k`: int32 [B + 1], where they begin and the
+    last one ends; q is [1, H, sum T, K] then, k and v [1, G, sum S, K], and max_q, max_k are the longest T and S.
+
+    Args:
+        causal: query t looks at keys up to t + S - T (both sequences end together).
+        scale: more than 0; None: 1 / sqrt(K).
+        window: query t looks at keys from t + S - T - window + 1 on.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2).
+        key_mask: bool [B, S], False for a key that nobody looks at; not with cu_q.
+        dropout: of the weights.
+
+    A query that sees no key has an out of 0 and an lse of -inf. Raises InvalidArgument for what does not fit.
+    """
+    options = _Options.of(q_BHTK, k_BGSK, v_BGSK, causal, scale, window, softcap, key_mask, dropout, cu_q, cu_k, max_q, max_k)
+    if select.runs(q_BHTK):
+        return _forward_op(q_BHTK, k_BGSK, v_BGSK, *options.flat())
+    return _eager(q_BHTK, k_BGSK, v_BGSK, options)
+
+
+def attention_forward(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """As attention(), by the kernel, and not differentiable: for blocks of keys that are put together by lse."""
+    with torch.no_grad():
+        return attention(q_BHTK, k_BGSK, v_BGSK, **options)
+
+
+def attention_backward(
+    grad_BHTK: Tensor, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, out_BHTK: Tensor, lse_BHT: Tensor, *,
+    causal: bool = False, scale: float | None = None, window: int | None = None, softcap: float | None = None,
+    key_mask: Tensor | None = None, dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) of a block of keys, given `out` and `lse` over all blocks that the queries look at."""
+    options = _Options.of(q_BHTK, k_BGSK, v_BGSK, causal, scale, window, softcap, key_mask, dropout)
+    return _backward_op(grad_BHTK, q_BHTK, k_BGSK, v_BGSK, out_BHTK, lse_BHT, *options.flat())
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Everything but q, k and v, in the order of the operations' arguments."""
+
+    causal: bool
+    scale: float
+    window: int
+    softcap: float
+    key_mask: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    max_q: int
+    max_k: int
+    p: float
+    seed: int
+    stream: int
+    step: int
+    rows: Tensor | None
+    head_offset: int
+    heads_total: int
+    q_positions: Tensor | None
+    k_positions: Tensor | None
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, window: int | None,
+        softcap: float | None, key_mask: Tensor | None, dropout: Dropout | None, cu_q: Tensor | None = None,
+        cu_k: Tensor | None = None, max_q: int | None = None, max_k: int | None = None,
+    ) -> _Options:  # fmt: skip
+        _check(q, k, v, key_mask, cu_q, cu_k, max_q, max_k)
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
+            if value is not None and not value > 0:
+                raise InvalidArgument(f"attention: {name} is {value}, expected more than 0")
+        rest: tuple[Any, ...] = (0.0, 0, 0, 0, None, 0, 0, None, None)
+        if dropout is not None:
+            _check_dropout(dropout, q, k, cu_q)
+            seed = dropout.seed - (1 << 64) if dropout.seed >> 63 else dropout.seed
+            rest = (
+                dropout.p, seed, dropout.stream, dropout.step, dropout.rows, *dropout.heads, dropout.q_positions,
+                dropout.k_positions,
+            )  # fmt: skip
+        return cls(
+            causal, scale, NO_WINDOW if window is None else window, NO_CAP if softcap is None else softcap, key_mask, cu_q,
+            cu_k, q.shape[2] if max_q is None else max_q, k.shape[2] if max_k is None else max_k, *rest,
+        )  # fmt: skip
+
+    def flat(self) -> tuple[Any, ...]:
+        return tuple(vars(self).values())
+
+    def dropout(self) -> Dropout | None:
+        if self.rows is None:
+            return None
+        heads = (self.head_offset, self.heads_total)
+        return Dropout(
+            self.seed % (1 << 64), self.step, self.stream, self.p, self.rows, heads, self.q_positions, self.k_positions
+        )
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    max_q: int | None, max_k: int | None,
+) -> None:  # fmt: skip
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise InvalidArgument(
+            f"attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, expected q [B, H, T, K] and k, v "
+            "[B, G, S, K]"
+        )
+    if not HEAD_SIZES[0] <= q.shape[3] <= HEAD_SIZES[1]:
+        raise InvalidArgument(f"attention: head size {q.shape[3]}, expected {HEAD_SIZES[0]} to {HEAD_SIZES[1]}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise InvalidArgument(f"attention: {q.shape[1]} heads are not a multiple of {k.shape[1]} key-value heads")
+    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise InvalidArgument(f"attention: q, k, v are {kinds}, expected one dtype and device")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2])):
+        raise InvalidArgument(
+            f"attention: key_mask {list(key_mask.shape)} of {key_mask.dtype}, expected bool {[k.shape[0], k.shape[2]]}"
+        )
+    if cu_q is None and cu_k is None:
+        return
+    if cu_q is None or cu_k is None or max_q is None or max_k is None or key_mask is not None:
+        raise InvalidArgument("attention: variable lengths need cu_q, cu_k, max_q and max_k, and take no key_mask")
+    for name, cu in (("cu_q", cu_q), ("cu_k", cu_k)):
+        if cu.dtype != torch.int32 or cu.dim() != 1 or len(cu) < 1 or cu.shape != cu_q.shape:
+            raise InvalidArgument(f"attention: {name} is {cu.dtype} {list(cu.shape)}, expected int32 [B + 1], both as long")
+    if q.shape[0] != 1:
+        raise InvalidArgument(f"attention: q {list(q.shape)} with cu_q, expected [1, H, sum of lengths, K]")
+
+
+def _check_dropout(dropout: Dropout, q: Tensor, k: Tensor, cu_q: Tensor | None) -> None:
+    B = q.shape[0] if cu_q is None else len(cu_q) - 1
+    if not 0.0 <= dropout.p < 1.0:
+        raise InvalidArgument(f"attention: dropout p is {dropout.p}, expected 0 <= p < 1")
+    if dropout.rows.dtype != torch.int64 or dropout.rows.shape != (B,):
+        raise InvalidArgument(
+            f"attention: dropout rows {dropout.rows.dtype} {list(dropout.rows.shape)}, expected int64 [{B}]"
+        )
+    if cu_q is not None and (dropout.q_positions is not None or dropout.k_positions is not None):
+        raise InvalidArgument("attention: dropout of variable lengths counts positions from 0 in each sequence")
+    if (dropout.q_positions is None) != (dropout.k_positions is None):
+        raise InvalidArgument("attention: dropout has q_positions or k_positions, expected both or none")
+    for name, places, count in (("q", dropout.q_positions, q.shape[2]), ("k", dropout.k_positions, k.shape[2])):
+        if places is not None and (places.dtype != torch.int64 or places.shape != (count,)):
+            raise InvalidArgument(
+                f"attention: dropout {name}_positions {places.dtype} {list(places.shape)}, expected int64 [{count}]"
+            )
+
+
+# --- the twin ---
+def _choices(o: _Options) -> dict[str, Any]:
+    return {
+        "causal": o.causal, "scale": o.scale, "window": None if o.window == NO_WINDOW else o.window,
+        "softcap": None if o.softcap == NO_CAP else o.softcap,
+    }  # fmt: skip
+
+
+def _sequences(o: _Options) -> list[tuple[slice, slice, Dropout | None]]:
+    """Of sequences behind each other: (queries, keys, dropout) of each."""
+    assert o.cu_q is not None and o.cu_k is not None
+    found, edges, dropout = [], list(zip(o.cu_q.tolist(), o.cu_k.tolist(), strict=True)), o.dropout()
+    for b, ((q0, k0), (q1, k1)) in enumerate(itertools.pairwise(edges)):
+        own = None if dropout is None else replace(dropout, rows=dropout.rows[b : b + 1])
+        found.append((slice(q0, q1), slice(k0, k1), own))
+    return found
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, o: _Options) -> tuple[Tensor, Tensor]:
+    if o.cu_q is None:
+        return reference.attention(q, k, v, key_mask=o.key_mask, dropout=o.dropout(), **_choices(o))
+    parts = [
+        reference.attention(q[:, :, t], k[:, :, s], v[:, :, s], key_mask=None, dropout=dropout, **_choices(o))
+        for t, s, dropout in _sequences(o)
+    ]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _eager_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, o: _Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    if o.cu_q is None:
+        rest: dict[str, Any] = {"key_mask": o.key_mask, "dropout": o.dropout(), **_choices(o)}
+        return reference.attention_backward(grad, q, k, v, out, lse, **rest)
+    parts = [
+        reference.attention_backward(
+            *(x[:, :, t] for x in (grad, q)), k[:, :, s], v[:, :, s], out[:, :, t], lse[:, :, t], key_mask=None,
+            dropout=dropout, **_choices(o),
+        )
+        for t, s, dropout in _sequences(o)
+    ]  # fmt: skip
+    dq, dk, dv = (torch.cat(grads, 2) for grads in zip(*parts, strict=True))
+    return dq, dk, dv
+
+
+# --- the operations ---
+def _define(name: str) -> Any:
+    return torch.library.custom_op(f"paracomm::{name}", mutates_args=())
+
+
+@_define("attention_forward")
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, key_mask: Tensor | None,
+    cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int, p: float, seed: int, stream: int, step: int,
+    rows: Tensor | None, head_offset: int, heads_total: int, q_positions: Tensor | None, k_positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    options = _Options(
+        causal, scale, window, softcap, key_mask, cu_q, cu_k, max_q, max_k, p, seed, stream, step, rows, head_offset,
+        heads_total, q_positions, k_positions,
+    )  # fmt: skip
+    if select.runs(q):
+        from paracomm.kernels.attention_launch import launch_forward
+
+        return launch_forward(q, k, v, options)
+    with torch.no_grad():
+        out, lse = _eager(q, k, v, options)
+    return out.contiguous(), lse.to(torch.float32).contiguous()
+
+
+@_forward_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_define("attention_backward")
+def _backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float, window: int,
+    softcap: float, key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int, p: float,
+    seed: int, stream: int, step: int, rows: Tensor | None, head_offset: int, heads_total: int,
+    q_positions: Tensor | None, k_positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options = _Options(
+        causal, scale, window, softcap, key_mask, cu_q, cu_k, max_q, max_k, p, seed, stream, step, rows, head_offset,
+        heads_total, q_positions, k_positions,
+    )  # fmt: skip
+    if select.runs(q):
+        from paracomm.kernels.attention_launch import launch_backward
+
+        return launch_backward(grad, q, k, v, out, lse, options)
+    grads = _eager_backward(grad, q, k, v, out, lse, options)
+    return tuple(x.contiguous() for x in grads)  # type: ignore[return-value]
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *options = inputs
+    out, lse = output
+    tensors = [x for x in options if isinstance(x, Tensor)]
+    ctx.save_for_backward(q, k, v, out, lse, *tensors)
+    ctx.options = [None if isinstance(x, Tensor) else (x,) for x in options]
+    ctx.mark_non_differentiable(lse)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    left = iter(tensors)
+    options = [next(left) if place is None else place[0] for place in ctx.options]
+    return (*_backward_op(grad, q, k, v, out, lse, *options), *[None] * len(options))
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+# --- dropout's mask alone ---
+def keep_mask(seed: int, stream: int, step: int, base: Tensor, offsets: Tensor, p: float) -> Tensor:
+    """bool [..., J] on the device of `base` (int64 [...]): which elements base[..., None] + offsets (int64 [J]) stay.
+
+    The same bits as paracomm.parallel.rng.keep_mask. Raises InvalidArgument unless 0 <= p < 1.
+    """
+    if not 0.0 <= p < 1.0:
+        raise InvalidArgument(f"keep_mask: p is {p}, expected 0 <= p < 1")
+    threshold = min(round(p * 2.0**32), 2**32 - 1)
+    if base.numel() and len(offsets) and select.runs(torch.empty(0, device=base.device)):
+        from paracomm.kernels.attention_launch import launch_keep_mask
+
+        return launch_keep_mask(seed, stream, step, base, offsets, threshold)
+    return reference.keep_mask(seed, stream, step, base, offsets, threshold)

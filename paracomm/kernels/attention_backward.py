@@ -1,0 +1,258 @@
+"""Attention on tiles, backward. See attention_forward.py for the shapes, and for how tiles at an edge are kept apart."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from paracomm.kernels.attention_forward import LOG2E, bent, kept, key_range, visible
+
+
+@triton.jit
+def attention_delta_kernel(
+    OUT, DO, DELTA, o_b, o_h, o_t, g_b, g_h, g_t, l_b, l_h, H, T, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr
+):
+    """DELTA[b, h, t] = sum_K out do. Sequences of variable lengths are one of B = 1 here."""
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = tl.program_id(1) % H
+    t = tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.arange(0, D)
+    whole = (t < T)[:, None] & (d < K)[None, :]
+    out = tl.load(OUT + b * o_b + h * o_h + t.to(tl.int64)[:, None] * o_t + d[None, :], mask=whole, other=0.0)
+    grad = tl.load(DO + b * g_b + h * g_h + t.to(tl.int64)[:, None] * g_t + d[None, :], mask=whole, other=0.0)
+    tl.store(DELTA + b * l_b + h * l_h + t, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=t < T)
+
+
+@triton.jit
+def query_range(first_key, T, S, shift, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """(begin, full, rest, end) of the queries that see keys first_key..: full..rest are tiles that see all of them."""
+    begin = 0
+    full = 0
+    end = T
+    rest = T // BM * BM
+    if CAUSAL:
+        begin = tl.minimum(tl.maximum(first_key - shift, 0), T) // BM * BM
+        full = (tl.maximum(first_key + BN - 1 - shift, 0) + BM - 1) // BM * BM
+    if WINDOW:
+        end = tl.minimum(T, tl.maximum(first_key + BN - 1 + window - shift, 0))
+        rest = tl.minimum(rest, tl.maximum(first_key + window - shift, 0) // BM * BM)
+    begin = tl.minimum(begin, (end + BM - 1) // BM * BM)
+    full = tl.maximum(tl.minimum(full, (end + BM - 1) // BM * BM), begin)
+    return begin, full, tl.maximum(rest, full), end
+
+
+@triton.jit
+def dkdv_tiles(
+    dk, dv, k, v, q_base, g_base, l_base, delta_base, q_step, g_step, first, last, k_index, first_key, T, S, shift, window,
+    scale_log2, cap_log2, to_cap, drop, row, head, QPOS, KPOS, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries first..last (multiples of BM) into dk and dv [BN, D]."""
+    d = tl.arange(0, D)
+    for start in tl.range(first, last, BM):
+        q_index = start + tl.arange(0, BM)
+        q_at = q_base + q_index[:, None] * q_step + d[None, :]
+        g_at = g_base + q_index[:, None] * g_step + d[None, :]
+        if MASKED or D != K:
+            inside = (q_index < T)[:, None] & (d < K)[None, :]
+            q = tl.load(q_at, mask=inside, other=0.0)
+            grad = tl.load(g_at, mask=inside, other=0.0)
+        else:
+            q = tl.load(q_at)
+            grad = tl.load(g_at)
+        if MASKED:
+            lse = tl.load(l_base + q_index, mask=q_index < T, other=float("inf"))
+            delta = tl.load(delta_base + q_index, mask=q_index < T, other=0.0)
+        else:
+            lse = tl.load(l_base + q_index)
+            delta = tl.load(delta_base + q_index)
+        # A query that sees nothing has lse -inf; with +inf its p are 0.
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+        scores = bent(tl.dot(k, tl.trans(q), input_precision=PRECISION), cap_log2, to_cap, CAPPED)
+        p = tl.exp2(scores * scale_log2 - lse[None, :])
+        if MASKED:
+            see = tl.trans(visible(q_index, k_index, shift, S, window, CAUSAL, WINDOW))
+            p = tl.where(see, p, 0.0)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        dropped = p
+        if DROPOUT:
+            keep = tl.trans(
+                kept(drop, row, head, q_index, k_index, first_key, q_index < T, k_index < S, QPOS, KPOS, BN, RUNS)
+            )
+            dropped = p * keep
+            dp = dp * keep
+        dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if CAPPED:
+            bend = scores / cap_log2
+            ds = ds * (1.0 - bend * bend)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def attention_dkdv_kernel(
+    Q, K_, V, DO, LSE, DELTA, DK, DV, KEY_MASK, CU_Q, CU_K, ROWS, QPOS, KPOS,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, l_b, l_h,
+    G, T, S, window, scale, scale_log2, cap_log2, to_cap, seed, stream, step, threshold, keep_scale, head_offset,
+    heads_total, R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    RUNS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(1) // G).to(tl.int64)
+    g = tl.program_id(1) % G
+    q_at, g_at, k_at, v_at = Q, DO, K_ + g * k_h, V + g * v_h
+    dk_at, dv_at = DK + g * dk_h, DV + g * dv_h
+    l_at, delta_at = LSE + b * l_b, DELTA + b * l_b
+    if VARLEN:
+        q_first, k_first = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
+        T, S = (tl.load(CU_Q + b + 1) - q_first).to(tl.int32), (tl.load(CU_K + b + 1) - k_first).to(tl.int32)
+        q_at, g_at, k_at, v_at = q_at + q_first * q_t, g_at + q_first * g_t, k_at + k_first * k_t, v_at + k_first * v_t
+        dk_at, dv_at = dk_at + k_first * dk_t, dv_at + k_first * dv_t
+        l_at, delta_at = l_at + q_first, delta_at + q_first
+    else:
+        q_at, g_at, k_at, v_at = q_at + b * q_b, g_at + b * g_b, k_at + b * k_b, v_at + b * v_b
+        dk_at, dv_at = dk_at + b * dk_b, dv_at + b * dv_b
+    first_key = tl.program_id(0) * BN
+    if first_key >= S:
+        return
+    shift = S - T
+    k_index = first_key + tl.arange(0, BN)
+    d = tl.arange(0, D)
+    whole = (k_index < S)[:, None] & (d < K)[None, :]
+    k = tl.load(k_at + k_index[:, None] * k_t + d[None, :], mask=whole, other=0.0)
+    v = tl.load(v_at + k_index[:, None] * v_t + d[None, :], mask=whole, other=0.0)
+    dk = tl.zeros([BN, D], tl.float32)
+    dv = tl.zeros([BN, D], tl.float32)
+    row = b
+    if DROPOUT:
+        row = tl.load(ROWS + b)
+    drop = (seed, stream, step, threshold, keep_scale, heads_total)
+    begin, full, rest, end = query_range(first_key, T, S, shift, window, BM, BN, CAUSAL, WINDOW)
+    for r in range(R):
+        h = g * R + r
+        if CAUSAL:
+            dk, dv = dkdv_tiles(
+                dk, dv, k, v, q_at + h * q_h, g_at + h * g_h, l_at + h * l_h, delta_at + h * l_h, q_t, g_t, begin, full,
+                k_index, first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS,
+                K, D, BM, BN, CAUSAL, WINDOW, CAPPED, True, DROPOUT, RUNS, PRECISION,
+            )  # fmt: skip
+        dk, dv = dkdv_tiles(
+            dk, dv, k, v, q_at + h * q_h, g_at + h * g_h, l_at + h * l_h, delta_at + h * l_h, q_t, g_t, full, rest,
+            k_index, first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS,
+            K, D, BM, BN, CAUSAL, WINDOW, CAPPED, False, DROPOUT, RUNS, PRECISION,
+        )  # fmt: skip
+        dk, dv = dkdv_tiles(
+            dk, dv, k, v, q_at + h * q_h, g_at + h * g_h, l_at + h * l_h, delta_at + h * l_h, q_t, g_t, rest, end,
+            k_index, first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS,
+            K, D, BM, BN, CAUSAL, WINDOW, CAPPED, True, DROPOUT, RUNS, PRECISION,
+        )  # fmt: skip
+    dk = dk * scale
+    if HAS_KEY_MASK:  # nobody sees a masked key: its rows of p are 0
+        seen = tl.load(KEY_MASK + b * S + k_index, mask=k_index < S, other=False)[:, None]
+        dk = tl.where(seen, dk, 0.0)
+        dv = tl.where(seen, dv, 0.0)
+    tl.store(dk_at + k_index[:, None] * dk_t + d[None, :], dk.to(DK.dtype.element_ty), mask=whole)
+    tl.store(dv_at + k_index[:, None] * dv_t + d[None, :], dv.to(DV.dtype.element_ty), mask=whole)
+
+
+@triton.jit
+def dq_tiles(
+    dq, q, grad, lse, delta, k_base, v_base, k_step, v_step, first, last, q_index, q_inside, T, S, shift, window, scale_log2,
+    cap_log2, to_cap, KEY_MASK, drop, row, head, QPOS, KPOS, K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys first..last (multiples of BN) into dq [BM, D]."""
+    d = tl.arange(0, D)
+    for start in tl.range(first, last, BN):
+        k_index = start + tl.arange(0, BN)
+        k_at = k_base + k_index[:, None] * k_step + d[None, :]
+        v_at = v_base + k_index[:, None] * v_step + d[None, :]
+        if MASKED or D != K:
+            inside = (k_index < S)[:, None] & (d < K)[None, :]
+            k = tl.load(k_at, mask=inside, other=0.0)
+            v = tl.load(v_at, mask=inside, other=0.0)
+        else:
+            k = tl.load(k_at)
+            v = tl.load(v_at)
+        scores = bent(tl.dot(q, tl.trans(k), input_precision=PRECISION), cap_log2, to_cap, CAPPED)
+        p = tl.exp2(scores * scale_log2 - lse[:, None])
+        if MASKED:
+            see = visible(q_index, k_index, shift, S, window, CAUSAL, WINDOW)
+            if HAS_KEY_MASK:
+                see = see & tl.load(KEY_MASK + k_index, mask=k_index < S, other=False)[None, :]
+            p = tl.where(see, p, 0.0)
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            dp = dp * kept(drop, row, head, q_index, k_index, start, q_inside, k_index < S, QPOS, KPOS, BN, RUNS)
+        ds = p * (dp - delta[:, None])
+        if CAPPED:
+            bend = scores / cap_log2
+            ds = ds * (1.0 - bend * bend)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def attention_dq_kernel(
+    Q, K_, V, DO, LSE, DELTA, DQ, KEY_MASK, CU_Q, CU_K, ROWS, QPOS, KPOS,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dq_b, dq_h, dq_t, l_b, l_h,
+    H, T, S, window, scale, scale_log2, cap_log2, to_cap, seed, stream, step, threshold, keep_scale, head_offset,
+    heads_total, R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    RUNS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = tl.program_id(1) % H
+    q_at, g_at, k_at, v_at, dq_at = Q + h * q_h, DO + h * g_h, K_ + h // R * k_h, V + h // R * v_h, DQ + h * dq_h
+    l_at, delta_at = LSE + b * l_b + h * l_h, DELTA + b * l_b + h * l_h
+    if VARLEN:
+        q_first, k_first = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
+        T, S = (tl.load(CU_Q + b + 1) - q_first).to(tl.int32), (tl.load(CU_K + b + 1) - k_first).to(tl.int32)
+        q_at, g_at, k_at, v_at = q_at + q_first * q_t, g_at + q_first * g_t, k_at + k_first * k_t, v_at + k_first * v_t
+        dq_at, l_at, delta_at = dq_at + q_first * dq_t, l_at + q_first, delta_at + q_first
+    else:
+        q_at, g_at, k_at, v_at, dq_at = q_at + b * q_b, g_at + b * g_b, k_at + b * k_b, v_at + b * v_b, dq_at + b * dq_b
+    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    if first_query >= T:
+        return
+    shift = S - T
+    q_index = first_query + tl.arange(0, BM)
+    d = tl.arange(0, D)
+    q_inside = q_index < T
+    whole = q_inside[:, None] & (d < K)[None, :]
+    q = tl.load(q_at + q_index[:, None] * q_t + d[None, :], mask=whole, other=0.0)
+    grad = tl.load(g_at + q_index[:, None] * g_t + d[None, :], mask=whole, other=0.0)
+    lse = tl.load(l_at + q_index, mask=q_inside, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    delta = tl.load(delta_at + q_index, mask=q_inside, other=0.0)
+    dq = tl.zeros([BM, D], tl.float32)
+    key_mask = KEY_MASK
+    if HAS_KEY_MASK:
+        key_mask = KEY_MASK + b * S
+    row = b
+    if DROPOUT:
+        row = tl.load(ROWS + b)
+    drop = (seed, stream, step, threshold, keep_scale, heads_total)
+    head = head_offset + h
+    begin, full, rest, end = key_range(first_query, T, S, shift, window, HAS_KEY_MASK, BM, BN, CAUSAL, WINDOW)
+    if WINDOW:
+        dq = dq_tiles(
+            dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, begin, full, q_index, q_inside, T, S, shift, window, scale_log2,
+            cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK,
+            DROPOUT, RUNS, PRECISION,
+        )  # fmt: skip
+    if not HAS_KEY_MASK:
+        dq = dq_tiles(
+            dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, full, rest, q_index, q_inside, T, S, shift, window, scale_log2,
+            cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, False, False,
+            DROPOUT, RUNS, PRECISION,
+        )  # fmt: skip
+    dq = dq_tiles(
+        dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, rest, end, q_index, q_inside, T, S, shift, window, scale_log2,
+        cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK,
+        DROPOUT, RUNS, PRECISION,
+    )  # fmt: skip
+    tl.store(dq_at + q_index[:, None] * dq_t + d[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=whole)

@@ -1,0 +1,202 @@
+"""Attention on tiles, forward: nothing of size T x S is ever stored. attention_backward.py has the other half.
+
+Shapes: B sequences, H query heads, G key-value heads (R = H / G share one), T queries, S keys, K head size, D = K padded
+to a power of two. A query at t looks at keys up to t + S - T (causal), from t + S - T - window + 1 on.
+
+    forward   one program for BM queries of a head; walks over tiles of BN keys with a running maximum and sum (Milakov and
+              Gimelshein, 2018; Dao, "FlashAttention-2", 2023, algorithm 1). Returns lse, natural.
+    delta     rowsum(do * out)
+    dkdv      one program for BN keys of a key-value head; walks over the queries of its R heads
+    dq        one program for BM queries of a head; walks over keys
+              (FlashAttention-2, algorithm 2, in two kernels: no atomics, the same bits each time)
+
+    keys      | masked | full  full  full | masked |        only tiles at an edge (window, diagonal, end) look at positions
+    queries   t0..     ^ window            ^ diagonal, end
+
+Scores are in units of log2: exp2(scale_log2 * qk - m) is one FFMA and one MUFU an element. `lse` may be that of more keys
+than are given here, as context parallelism has it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from paracomm.kernels.philox import words_at, words_in_runs
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """Rounding of a few ulp for every x: a series near 0, where 1 - exp would cancel."""
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - t) / (1.0 + t)
+    y = x * x
+    series = 1.0 + y * (-0.3333333333333 + y * (0.13333333333 + y * (-0.053968253968 + y * (0.021869488536 - y * 0.0088632355))))
+    return tl.where(tl.abs(x) < 0.3, x * series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def bent(scores, cap_log2, to_cap, CAPPED: tl.constexpr):
+    """Raw products to scores in log2 units where they are capped: cap tanh(scale qk / cap)."""
+    if CAPPED:
+        scores = cap_log2 * tanh(scores * to_cap)
+    return scores
+
+
+@triton.jit
+def kept(drop, row, head, q_index, k_index, k_start, q_inside, k_inside, QPOS, KPOS, BN: tl.constexpr, RUNS: tl.constexpr):
+    """float32 [BM, BN]: 1 / (1 - p) for what dropout keeps, else 0. `drop` = (seed, stream, step, threshold, scale, heads)."""
+    seed, stream, step, threshold, scale, heads = drop
+    line = (row * heads + head) << 40
+    if RUNS:
+        base = line + (q_index.to(tl.int64) << 20)
+        words = words_in_runs(base, k_start, BN, seed, stream, step)
+    else:
+        q_place = tl.load(QPOS + q_index, mask=q_inside, other=0)
+        k_place = tl.load(KPOS + k_index, mask=k_inside, other=0)
+        words = words_at(line + (q_place << 20)[:, None] + k_place[None, :], seed, stream, step)
+    return tl.where(words.to(tl.int64) >= threshold, scale, 0.0)
+
+
+@triton.jit
+def visible(q_index, k_index, shift, S, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """bool [BM, BN]."""
+    see = (k_index < S)[None, :]
+    if CAUSAL:
+        see = see & (k_index[None, :] <= q_index[:, None] + shift)
+    if WINDOW:
+        see = see & (k_index[None, :] > q_index[:, None] + shift - window)
+    return see
+
+
+@triton.jit
+def forward_tiles(
+    acc, total, top, q, k_base, v_base, k_step, v_step, first, last, q_index, q_inside, T, S, shift, window, scale_log2,
+    cap_log2, to_cap, KEY_MASK, drop, row, head, QPOS, KPOS, K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys first..last (multiples of BN) into acc [BM, D], total and top [BM]. MASKED: tiles may hold what is not seen."""
+    d = tl.arange(0, D)
+    n = tl.arange(0, BN)
+    for start in tl.range(first, last, BN):
+        k_index = start + n
+        k_at = k_base + k_index[None, :] * k_step + d[:, None]
+        v_at = v_base + k_index[:, None] * v_step + d[None, :]
+        if MASKED or D != K:
+            inside = (k_index < S)[None, :] & (d < K)[:, None]
+            k = tl.load(k_at, mask=inside, other=0.0)
+            v = tl.load(v_at, mask=tl.trans(inside), other=0.0)
+        else:
+            k = tl.load(k_at)
+            v = tl.load(v_at)
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        scores = bent(scores, cap_log2, to_cap, CAPPED)
+        if MASKED:
+            see = visible(q_index, k_index, shift, S, window, CAUSAL, WINDOW)
+            if HAS_KEY_MASK:
+                see = see & tl.load(KEY_MASK + k_index, mask=k_index < S, other=False)[None, :]
+            scores = tl.where(see, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        if MASKED:
+            reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        else:
+            reference = new_top
+        p = tl.exp2(scores * scale_log2 - reference[:, None])
+        fade = tl.exp2(top - reference)
+        total = total * fade + tl.sum(p, 1)
+        if DROPOUT:
+            p = p * kept(drop, row, head, q_index, k_index, start, q_inside, k_index < S, QPOS, KPOS, BN, RUNS)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def key_range(first_query, T, S, shift, window, has_key_mask: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """(begin, full, rest, end) of the keys that queries first_query.. see: full..rest are tiles that all of them see."""
+    begin = 0
+    end = S
+    rest = S // BN * BN
+    if CAUSAL:
+        end = tl.maximum(tl.minimum(S, first_query + BM + shift), 0)
+        rest = tl.minimum(rest, tl.maximum(first_query + shift + 1, 0) // BN * BN)
+    full = begin
+    if WINDOW:
+        begin = tl.maximum(first_query + shift - window + 1, 0) // BN * BN
+        full = (tl.maximum(first_query + BM + shift - window, 0) + BN - 1) // BN * BN
+    if has_key_mask:
+        rest = 0
+    begin = tl.minimum(begin, end)
+    full = tl.minimum(full, (end + BN - 1) // BN * BN)
+    full = tl.maximum(full, begin)
+    return begin, full, tl.maximum(rest, full), end
+
+
+@triton.jit
+def attention_forward_kernel(
+    Q, K_, V, OUT, LSE, KEY_MASK, CU_Q, CU_K, ROWS, QPOS, KPOS,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, l_b, l_h,
+    H, T, S, window, scale_log2, cap_log2, to_cap, seed, stream, step, threshold, keep_scale, head_offset, heads_total,
+    R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, RUNS: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = tl.program_id(1) % H
+    q_at, k_at, v_at, o_at = Q + h * q_h, K_ + h // R * k_h, V + h // R * v_h, OUT + h * o_h
+    l_at = LSE + b * l_b + h * l_h
+    if VARLEN:
+        q_first, k_first = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
+        T, S = (tl.load(CU_Q + b + 1) - q_first).to(tl.int32), (tl.load(CU_K + b + 1) - k_first).to(tl.int32)
+        q_at, k_at, v_at, o_at = q_at + q_first * q_t, k_at + k_first * k_t, v_at + k_first * v_t, o_at + q_first * o_t
+        l_at = l_at + q_first
+    else:
+        q_at, k_at, v_at, o_at = q_at + b * q_b, k_at + b * k_b, v_at + b * v_b, o_at + b * o_b
+    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # those with the most keys begin
+    if first_query >= T:
+        return
+    shift = S - T
+    q_index = first_query + tl.arange(0, BM)
+    d = tl.arange(0, D)
+    q_inside = q_index < T
+    whole = q_inside[:, None] & (d < K)[None, :]
+    q = tl.load(q_at + q_index[:, None] * q_t + d[None, :], mask=whole, other=0.0)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    key_mask = KEY_MASK
+    if HAS_KEY_MASK:
+        key_mask = KEY_MASK + b * S
+    row = b
+    if DROPOUT:
+        row = tl.load(ROWS + b)
+    drop = (seed, stream, step, threshold, keep_scale, heads_total)
+    head = head_offset + h
+    begin, full, rest, end = key_range(first_query, T, S, shift, window, HAS_KEY_MASK, BM, BN, CAUSAL, WINDOW)
+    if WINDOW:
+        acc, total, top = forward_tiles(
+            acc, total, top, q, k_at, v_at, k_t, v_t, begin, full, q_index, q_inside, T, S, shift, window, scale_log2,
+            cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK,
+            DROPOUT, RUNS, PRECISION,
+        )  # fmt: skip
+    if not HAS_KEY_MASK:
+        acc, total, top = forward_tiles(
+            acc, total, top, q, k_at, v_at, k_t, v_t, full, rest, q_index, q_inside, T, S, shift, window, scale_log2,
+            cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, False, False,
+            DROPOUT, RUNS, PRECISION,
+        )  # fmt: skip
+    acc, total, top = forward_tiles(
+        acc, total, top, q, k_at, v_at, k_t, v_t, rest, end, q_index, q_inside, T, S, shift, window, scale_log2,
+        cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK,
+        DROPOUT, RUNS, PRECISION,
+    )  # fmt: skip
+    nothing = total == 0.0
+    safe = tl.where(nothing, 1.0, total)
+    lse = tl.where(nothing, float("-inf"), (top + tl.log2(safe)) * LN2)
+    tl.store(l_at + q_index, lse, mask=q_inside)
+    out = acc / safe[:, None]
+    tl.store(o_at + q_index[:, None] * o_t + d[None, :], out.to(OUT.dtype.element_ty), mask=whole)

@@ -1,0 +1,127 @@
+"""Launches attention's kernels: strides, grids, configurations. Known to attention.py only; it needs Triton."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from paracomm.kernels.attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
+from paracomm.kernels.attention_forward import attention_forward_kernel
+from paracomm.kernels.config import config
+from paracomm.kernels.philox import keep_mask_kernel
+from paracomm.kernels.select import arch
+
+if TYPE_CHECKING:
+    from paracomm.kernels.attention import _Options
+
+LOG2E = 1.4426950408889634
+RUN = 4
+"""Positions that one block of random words serves."""
+
+
+def dtype_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def padded(K: int) -> int:
+    """Head sizes are padded to a power of two, at least what a product of tensor cores takes."""
+    return max(16, triton.next_power_of_2(K))
+
+
+def precision(x: Tensor) -> str:
+    """Of products of float32: three TF32 products err as float32 does; 16-bit inputs are exact in any."""
+    return "tf32x3" if x.dtype == torch.float32 else "ieee"
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Attention:
+    """What the kernels of one attention share."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, o: _Options) -> None:
+        self.o, self.q = o, q
+        self.H, self.G, self.K = q.shape[1], k.shape[1], q.shape[3]
+        varlen = o.cu_q is not None
+        self.B = q.shape[0] if o.cu_q is None else len(o.cu_q) - 1
+        self.T, self.S = o.max_q, o.max_k
+        self.pointers = [
+            None if o.key_mask is None else o.key_mask.contiguous(), o.cu_q, o.cu_k, o.rows, o.q_positions, o.k_positions
+        ]  # fmt: skip
+        capped, dropped = o.softcap != 0.0, o.rows is not None
+        # Capped scores leave `bent` in units of log2; others are scaled within the exponent.
+        self.scales = (1.0, o.softcap * LOG2E, o.scale / o.softcap) if capped else (o.scale * LOG2E, 1.0, 1.0)
+        threshold = min(round(o.p * 2.0**32), 2**32 - 1)
+        self.drop = (o.seed, o.stream, o.step, threshold, 1 / (1 - o.p), o.head_offset, o.heads_total)
+        self.flags: dict[str, Any] = {
+            "R": self.H // self.G, "K": self.K, "D": padded(self.K), "CAUSAL": o.causal, "WINDOW": o.window > 0,
+            "CAPPED": capped, "HAS_KEY_MASK": o.key_mask is not None, "DROPOUT": dropped,
+            "RUNS": dropped and o.q_positions is None, "VARLEN": varlen, "PRECISION": precision(q),
+        }  # fmt: skip
+        self.lse_strides = (0, q.shape[2]) if varlen else (self.H * q.shape[2], q.shape[2])
+
+    def strides(self, *tensors: Tensor) -> list[int]:
+        return [stride for x in tensors for stride in x.stride()[:3]]
+
+    def tuned(self, kernel: str) -> tuple[dict[str, int], dict[str, int]]:
+        """(block sizes, warps and stages)."""
+        found = config(kernel, arch(self.q), dtype_name(self.q), padded(self.K))
+        return {key: found[key] for key in ("BM", "BN")}, {"num_warps": found["warps"], "num_stages": found["stages"]}
+
+
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: _Options) -> tuple[Tensor, Tensor]:
+    q, k, v = map(last_contiguous, (q, k, v))
+    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
+    a = Attention(q, k, v, o)
+    if not out.numel():
+        return out, lse.fill_(-torch.inf)
+    if not k.shape[2]:
+        return out.zero_(), lse.fill_(-torch.inf)
+    blocks, options = a.tuned("attention_forward")
+    attention_forward_kernel[(triton.cdiv(a.T, blocks["BM"]), a.B * a.H)](
+        q, k, v, out, lse, *a.pointers, *a.strides(q, k, v, out), *a.lse_strides, a.H, a.T, a.S, o.window, *a.scales,
+        *a.drop, **a.flags, **blocks, **options,
+    )  # fmt: skip
+    return out, lse
+
+
+def launch_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, o: _Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, q, k, v, out = map(last_contiguous, (grad, q, k, v, out))
+    lse = lse.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    a = Attention(q, k, v, o)
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    delta = torch.empty_like(lse)
+    blocks, options = a.tuned("attention_delta")
+    attention_delta_kernel[(triton.cdiv(q.shape[2], blocks["BM"]), q.shape[0] * a.H)](
+        out, grad, delta, *a.strides(out, grad), a.H * q.shape[2], q.shape[2], a.H, q.shape[2], K=a.K,
+        D=a.flags["D"], BM=blocks["BM"], **options,
+    )  # fmt: skip
+    blocks, options = a.tuned("attention_dkdv")
+    attention_dkdv_kernel[(triton.cdiv(a.S, blocks["BN"]), a.B * a.G)](
+        q, k, v, grad, lse, delta, dk, dv, *a.pointers, *a.strides(q, k, v, grad, dk, dv), *a.lse_strides, a.G, a.T, a.S,
+        o.window, o.scale, *a.scales, *a.drop, **a.flags, **blocks, **options,
+    )  # fmt: skip
+    blocks, options = a.tuned("attention_dq")
+    attention_dq_kernel[(triton.cdiv(a.T, blocks["BM"]), a.B * a.H)](
+        q, k, v, grad, lse, delta, dq, *a.pointers, *a.strides(q, k, v, grad, dq), *a.lse_strides, a.H, a.T, a.S,
+        o.window, o.scale, *a.scales, *a.drop, **a.flags, **blocks, **options,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def launch_keep_mask(seed: int, stream: int, step: int, base: Tensor, offsets: Tensor, threshold: int) -> Tensor:
+    base, offsets = base.contiguous(), offsets.contiguous()
+    mask = torch.empty(*base.shape, len(offsets), dtype=torch.bool, device=base.device)
+    signed = seed - (1 << 64) if seed >> 63 else seed
+    keep_mask_kernel[(triton.cdiv(mask.numel(), 1024),)](
+        base, offsets, mask, mask.numel(), len(offsets), signed, stream, step, threshold, BLOCK=1024
+    )
+    return mask

@@ -1,0 +1,96 @@
+"""Who computes: Triton's kernels or their eager twins.
+
+    auto     kernels for float32, float16 and bfloat16 on a GPU of compute capability 8.0 or later, if Triton is there
+    triton   kernels, or an Error that says why not; with TRITON_INTERPRET=1 in the environment, on CPU tensors too
+    eager    the twins: torch's own operations
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from paracomm.errors import Error, InvalidArgument
+
+Backend = Literal["auto", "triton", "eager"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_backend: ContextVar[Backend] = ContextVar("backend", default="auto")
+
+
+def set_backend(backend: Backend) -> None:
+    """From here on, in this context. Raises InvalidArgument for a name that is none of Backend's."""
+    _backend.set(_known(backend))
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Inside, kernels and twins are chosen by `name`."""
+    token = _backend.set(_known(name))
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _known(name: Backend) -> Backend:
+    if name not in get_args(Backend):
+        raise InvalidArgument(f"kernels: backend is {name!r}, expected one of {', '.join(get_args(Backend))}")
+    return name
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels in this process, on NumPy."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be used; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # whatever a broken installation raises
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def _too_old(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"cuda:{index} has compute capability {major}.{minor}, expected at least 8.0"
+
+
+def _obstacle(x: Tensor) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"{x.dtype} has no kernel, expected float32, float16 or bfloat16"
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
+        return f"tensors are on {x.device}, expected a GPU (or TRITON_INTERPRET=1 before the start, to interpret)"
+    return triton_missing() or (_too_old(x.device.index or 0) if x.device.type == "cuda" else None)
+
+
+def runs(x: Tensor) -> bool:
+    """Whether kernels compute on x. Raises Error for backend "triton" where they cannot."""
+    chosen = _backend.get()
+    if chosen == "eager" or (chosen == "auto" and x.device.type != "cuda"):
+        return False
+    obstacle = _obstacle(x)
+    if obstacle is not None and chosen == "triton":
+        raise Error(f"kernels: backend 'triton' was asked for, but {obstacle}")
+    return obstacle is None
+
+
+def arch(x: Tensor) -> int:
+    """The architecture whose configuration serves x: 80 or 90. Interpreted kernels take sm_80's."""
+    if x.device.type != "cuda":
+        return 80
+    return 90 if torch.cuda.get_device_capability(x.device)[0] >= 9 else 80
