@@ -67,16 +67,19 @@ def flop(instruction: str) -> float:
 
 
 def estimate(binary: Binary) -> Estimate | None:
-    """Of the first loop with the most FLOP (full tiles come before masked ones); None without a loop on tensor cores."""
-    found: Estimate | None = None
+    """Of the loop with the most FLOP, and of several such the one with the fewest instructions, which is that over full
+    tiles: those at an edge look at positions as well. None without a loop on tensor cores."""
     # Warps that specialisation added only load.
     each = max(1, binary.case.warps // PARTITIONS)
-    for body in parse(binary.code).loops():
-        tensor = sum(map(flop, body)) * each / PEAK[binary.arch]
-        mufu = sum("MUFU" in line for line in body) * MUFU_CYCLES * each
-        if tensor and (found is None or tensor > found.tensor):
-            found = Estimate(tensor, mufu, len(body) * each)
-    return found
+    found = [
+        Estimate(
+            tensor=sum(map(flop, body)) * each / PEAK[binary.arch],
+            mufu=sum("MUFU" in line for line in body) * MUFU_CYCLES * each,
+            issue=len(body) * each,
+        )
+        for body in parse(binary.code).loops()
+    ]
+    return max((e for e in found if e.tensor), key=lambda e: (e.tensor, -e.issue), default=None)
 
 
 def occupancy(binary: Binary) -> int:

@@ -1,0 +1,83 @@
+"""Every kernel at every configuration of the tables, as Cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from paracomm.kernels import attention_backward, attention_forward
+from paracomm.kernels.config import table
+from paracomm.kernels.static.case import POINTERS, Case
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "causal": {"CAUSAL": True},
+    "full": {},
+    "window": {"CAUSAL": True, "WINDOW": True},
+    "softcap": {"CAUSAL": True, "CAPPED": True},
+    "dropout": {"CAUSAL": True, "DROPOUT": True, "RUNS": True},
+    "places": {"DROPOUT": True},
+    "masked": {"HAS_KEY_MASK": True},
+    "varlen": {"CAUSAL": True, "VARLEN": True},
+}
+"""Of attention. At head size 128 in bfloat16 all are compiled, elsewhere the first two."""
+
+
+def _attention(arch: int) -> Iterator[Case]:
+    kernels = {
+        "attention_forward": attention_forward.attention_forward_kernel,
+        "attention_dkdv": attention_backward.attention_dkdv_kernel,
+        "attention_dq": attention_backward.attention_dq_kernel,
+    }
+    for kernel, fn in kernels.items():
+        for dtype, rows in table(arch)[kernel].items():
+            for size, row in rows.items():
+                every = dtype == "bfloat16" and size == "128"
+                for variant, flags in VARIANTS.items():
+                    if every or variant in ("causal", "full"):
+                        yield attention_case(kernel, fn, variant, flags, dtype, int(size), row)
+
+
+def attention_case(
+    kernel: str, fn: Any, variant: str, flags: dict[str, Any], dtype: str, size: int, row: dict[str, int]
+) -> Case:
+    """For a head size of `size` and two query heads to a key-value head."""
+    constants: dict[str, Any] = {
+        "R": 2, "K": size, "D": size, "BM": row["BM"], "BN": row["BN"], "CAUSAL": False, "WINDOW": False, "CAPPED": False,
+        "HAS_KEY_MASK": False, "DROPOUT": False, "RUNS": False, "VARLEN": False,
+        "PRECISION": "tf32x3" if dtype == "float32" else "ieee",
+    }  # fmt: skip
+    constants |= flags
+    present = {
+        "KEY_MASK": constants["HAS_KEY_MASK"], "CU_Q": constants["VARLEN"], "CU_K": constants["VARLEN"],
+        "ROWS": constants["DROPOUT"], "QPOS": constants["DROPOUT"] and not constants["RUNS"],
+        "KPOS": constants["DROPOUT"] and not constants["RUNS"],
+    }  # fmt: skip
+    kinds = {"KEY_MASK": "*i1", "CU_Q": "*i32", "CU_K": "*i32", "ROWS": "*i64", "QPOS": "*i64", "KPOS": "*i64"}
+    types: dict[str, str] = {}
+    for name in fn.arg_names:
+        if name in constants:
+            continue
+        if name in present:
+            if present[name]:
+                types[name] = kinds[name]
+            else:
+                constants[name] = None
+        elif name in ("LSE", "DELTA"):
+            types[name] = "*fp32"
+        elif name.isupper() and name not in ("H", "G", "T", "S") or name == "K_":
+            types[name] = POINTERS[dtype]
+        elif name.endswith(("scale", "scale_log2", "cap_log2", "to_cap")):
+            types[name] = "fp32"
+        else:
+            types[name] = "i64" if name in ("seed", "threshold") else "i32"
+    # What no stride or size need be a multiple of.
+    loose = {name for name in types if types[name] in ("i32", "i64") and name[-2:] not in ("_b", "_h", "_t")}
+    return Case(
+        f"{kernel} {variant} {dtype} {size}", fn, types, constants, row["warps"], row["stages"], matmul=True,
+        unaligned=frozenset(loose),
+    )  # fmt: skip
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """All of them for sm_`arch`."""
+    yield from _attention(arch)
