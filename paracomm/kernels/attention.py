@@ -311,6 +311,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     tensors = [x for x in options if isinstance(x, Tensor)]
     ctx.save_for_backward(q, k, v, out, lse, *tensors)
     ctx.options = [None if isinstance(x, Tensor) else (x,) for x in options]
+    ctx.backend = select.current()
     ctx.mark_non_differentiable(lse)
 
 
@@ -318,7 +319,8 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     left = iter(tensors)
     options = [next(left) if place is None else place[0] for place in ctx.options]
-    return (*_backward_op(grad, q, k, v, out, lse, *options), *[None] * len(options))
+    with select.backend(ctx.backend):
+        return (*_backward_op(grad, q, k, v, out, lse, *options), *[None] * len(options))
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)

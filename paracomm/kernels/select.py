@@ -41,6 +41,11 @@ def backend(name: Backend) -> Iterator[None]:
         _backend.reset(token)
 
 
+def current() -> Backend:
+    """What was set last. An operation's backward runs, in another thread perhaps, under what its forward ran under."""
+    return _backend.get()
+
+
 def _known(name: Backend) -> Backend:
     if name not in get_args(Backend):
         raise InvalidArgument(f"kernels: backend is {name!r}, expected one of {', '.join(get_args(Backend))}")
