@@ -3,7 +3,8 @@
 The stock one runs a kernel's programs one after the other on NumPy. `install()` mends and adds, for the versions in KNOWN:
 
     bfloat16      it computes on the bit patterns, and truncates; here as torch: float32 inside, rounded to nearest even
-    dot           "tf32" and "tf32x3" round their operands as tensor cores do; sizes that hardware has no dot for are refused
+    dot           "tf32", "tf32x3", "bf16x3" and "bf16x6" split and round their operands as the compiler's code does; sizes
+                  that hardware has no dot for are refused
     masked loads  without `other` what is masked off is anything on a GPU: here NaN, or the largest integer
     bounds        an address outside of the tensors that the kernel was given raises IndexError
     races         an address that one program writes and another reads or writes raises RaceError (atomics among themselves
@@ -15,6 +16,7 @@ Left: fp8 casts are wrong; weak memory order, and what threads of one program do
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,25 @@ def tf32(values: np.ndarray) -> np.ndarray:
     """float32 with 10 bits of mantissa, to nearest, ties away from zero as cvt.rna.tf32 does."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
     return ((bits + 0x1000) & 0xFFFFE000).astype(np.uint32).view(np.float32)
+
+
+def parts(values: np.ndarray, rounded: Any, count: int) -> list[np.ndarray]:
+    """`count` values of the lower precision whose sum is `values`, or close to it."""
+    found = []
+    for _ in range(count):
+        found.append(rounded(values))
+        values = values - found[-1]
+    return found
+
+
+_names = stock._ir.INPUT_PRECISION
+SPLITS = {
+    _names.TF32: (tf32, 1, 0),
+    _names.TF32x3: (tf32, 2, 1),
+    _names.BF16x3: (lambda values: widened(narrowed(values)), 2, 1),
+    _names.BF16x6: (lambda values: widened(narrowed(values)), 3, 2),
+}
+"""How a product of float32 is made of lower ones: (rounding, parts, the largest sum of parts' numbers that is kept)."""
 
 
 class _Builder:
@@ -118,11 +139,13 @@ class _Builder:
         names = stock._ir.INPUT_PRECISION
         if a.dtype.scalar != tl.float32 or precision == names.IEEE:
             product = x @ y
+        elif precision in SPLITS:
+            rounded, count, most = SPLITS[precision]
+            xs, ys = parts(x, rounded, count), parts(y, rounded, count)
+            terms = [(i, j) for i in range(count) for j in range(count) if i + j <= most]
+            product = sum(xs[i] @ ys[j] for i, j in sorted(terms, key=sum, reverse=True))  # the smallest first
         else:
-            big_x, big_y = tf32(x), tf32(y)
-            product = big_x @ big_y
-            if precision == names.TF32x3:
-                product = (big_x @ tf32(y - big_y) + tf32(x - big_x) @ big_y) + product
+            raise NotImplementedError(f"a dot of precision {precision}")
         return Handle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     @staticmethod
@@ -315,6 +338,10 @@ def install() -> None:
     for name, replacement in vars(_Builder).items():
         if isinstance(replacement, staticmethod):
             setattr(builder, name, _bound(replacement.__func__, getattr(builder, name)))
+    allowed = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")  # as the compiler for NVIDIA
+    stock.interpreter_builder.options = replace(
+        stock.interpreter_builder.options, allowed_dot_input_precisions=allowed
+    )
     stock.interpreter_builder.codegen_fns["min_dot_size"] = min_dot_size(GPUTarget("cuda", 80, 32))
     stock.ReduceOps.apply_impl = _reduce(stock.ReduceOps.apply_impl)
     executor = stock.GridExecutor

@@ -44,7 +44,7 @@ def attention_case(
     constants: dict[str, Any] = {
         "R": 2, "K": size, "D": size, "BM": row["BM"], "BN": row["BN"], "CAUSAL": False, "WINDOW": False, "CAPPED": False,
         "HAS_KEY_MASK": False, "DROPOUT": False, "RUNS": False, "VARLEN": False,
-        "PRECISION": "tf32x3" if dtype == "float32" else "ieee",
+        "PRECISION": "bf16x6" if dtype == "float32" else "ieee",
     }  # fmt: skip
     constants |= flags
     present = {

@@ -1,0 +1,52 @@
+"""Wrong kernels: one change each, and the law of twice must fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paracomm.kernels import attention_backward, attention_forward, attention_launch
+from tests.kernels.interpreted.test_attention import DROP, MASK, SMALL, Shape, check
+from tests.kernels.law import mutate
+
+CAUSAL, WINDOW = {"causal": True}, {"causal": True, "window": 7}
+MUTANTS = {
+    "the diagonal hides a key": (attention_forward, "<= q_index[:, None] + shift)", "< q_index[:, None] + shift)", CAUSAL),
+    "the window is one longer": (attention_forward, "> q_index[:, None] + shift - window)", ">= q_index[:, None] + shift - window)", WINDOW),
+    "keys beyond the end count": (attention_forward, "see = (k_index < S)[None, :]", "see = (k_index < S + 64)[None, :]", {}),
+    "acc is not faded": (attention_forward, "acc * fade[:, None]", "acc", {}),
+    "the sum is not faded": (attention_forward, "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", {}),
+    "lse forgets the maximum": (attention_forward, "(top + tl.log2(safe)) * LN2", "tl.log2(safe) * LN2", {}),
+    "lse in log2": (attention_forward, "(top + tl.log2(safe)) * LN2", "(top + tl.log2(safe))", {}),
+    "the last full tile is dropped": (attention_forward, "rest = S // BN * BN", "rest = S // BN * BN\n    end = rest", {}),
+    "the wrong key-value head": (attention_forward, "K_ + h // R * k_h", "K_ + h % (H // R) * k_h", CAUSAL),
+    "tanh without its series": (attention_forward, "tl.abs(x) < 0.3, x * series", "tl.abs(x) < 0.3, x", {"softcap": 2.0}),
+    "dropout drops what it should keep": (attention_forward, ">= threshold, scale, 0.0", "< threshold, scale, 0.0", {"dropout": DROP}),
+    "dropout forgets the scale": (attention_forward, ">= threshold, scale, 0.0", ">= threshold, 1.0, 0.0", {"dropout": DROP}),
+    "the key mask is not looked at": (attention_forward, "other=False)[None, :]\n            scores", "other=False)[None, :] | True\n            scores", {"key_mask": MASK}),
+    "dk without the scale": (attention_backward, "dk = dk * scale", "dk = dk", {}),
+    "dq without the scale": (attention_backward, "(dq * scale).to", "dq.to", {}),
+    "delta is not subtracted": (attention_backward, "ds = p * (dp - delta[None, :])", "ds = p * dp", {}),
+    "the cap is not differentiated": (attention_backward, "ds = ds * (1.0 - bend * bend)", "ds = ds", {"softcap": 2.0}),
+    "one head of a group is forgotten": (attention_backward, "for r in range(R):", "for r in range(R - 1):", CAUSAL),
+    "dkdv begins a tile late": (attention_backward, "begin = tl.minimum(tl.maximum(first_key - shift, 0), T) // BM * BM", "begin = tl.minimum(tl.maximum(first_key - shift, 0), T) // BM * BM + BM", CAUSAL),
+    "dropout is not in dv": (attention_backward, "dropped = p * keep", "dropped = p", {"dropout": DROP}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_kernel_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, old, new, options = MUTANTS[name]
+    mutant = mutate(module, old, new)
+    forward = attention_forward if module is attention_backward else mutant
+    backward = mutant if module is attention_backward else attention_backward
+    monkeypatch.setattr(attention_launch, "attention_forward_kernel", forward.attention_forward_kernel)
+    for kernel in ("attention_dkdv_kernel", "attention_dq_kernel"):
+        monkeypatch.setattr(attention_launch, kernel, getattr(backward, kernel))
+    with pytest.raises(AssertionError, match="error"):
+        check(Shape(37, 37, H=4, G=2, B=2, options=options, row=SMALL), torch.float32)
+
+
+def test_the_right_kernel_passes() -> None:
+    for options in {str(options): options for _, _, _, options in MUTANTS.values()}.values():
+        check(Shape(37, 37, H=4, G=2, B=2, options=options, row=SMALL), torch.float32)
