@@ -22,20 +22,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from paracomm.kernels.activation import tanh
 from paracomm.kernels.philox import words_at, words_in_runs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def tanh(x):
-    """Rounding of a few ulp for every x: a series near 0, where 1 - exp would cancel."""
-    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    far = (1.0 - t) / (1.0 + t)
-    y = x * x
-    series = 1.0 + y * (-0.3333333333333 + y * (0.13333333333 + y * (-0.053968253968 + y * (0.021869488536 - y * 0.0088632355))))
-    return tl.where(tl.abs(x) < 0.3, x * series, tl.where(x < 0, -far, far))
 
 
 @triton.jit

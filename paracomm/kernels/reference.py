@@ -6,6 +6,7 @@ Shapes: B batch, H query heads, G key-value heads, T queries, S keys, K head siz
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -137,3 +138,32 @@ def attention_keep(dropout: Dropout, B: int, H: int, T: int, S: int) -> Tensor:
     )
     base = (lines << 40)[..., None] + (q << 20)
     return keep_mask(dropout.seed, dropout.stream, dropout.step, base, k, dropout.threshold)
+
+
+# --- MLP ---
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+"""By name; "gelu" is exact, by erf."""
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
+
+
+def glu(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, bias_gate: Tensor | None, bias_up: Tensor | None, activation: str
+) -> Tensor:
+    return gated(F.linear(x, w_gate, bias_gate), F.linear(x, w_up, bias_up), activation)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](gate) * up

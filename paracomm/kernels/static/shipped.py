@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from paracomm.kernels import attention_backward, attention_forward
+from paracomm.kernels import attention_backward, attention_forward, mlp_kernels
 from paracomm.kernels.config import table
 from paracomm.kernels.static.case import POINTERS, Case
 
@@ -78,6 +78,41 @@ def attention_case(
     )  # fmt: skip
 
 
+def _products(arch: int) -> Iterator[Case]:
+    kernels = {"linear": mlp_kernels.linear_kernel, "glu": mlp_kernels.glu_kernel, "sum": mlp_kernels.sum_kernel}
+    variants = {
+        "linear": {"plain": {}, "gelu_tanh kept residual": {"KEEP": True, "HAS_R": True, "ACTIVATION": "gelu_tanh"}},
+        "glu": {"silu kept": {"KEEP": True, "ACTIVATION": "silu"}, "gelu": {"ACTIVATION": "gelu"}},
+        "sum": {"": {}},
+    }
+    for kernel, fn in kernels.items():
+        for dtype, rows in table(arch)[kernel].items():
+            for variant, flags in variants[kernel].items():
+                yield product_case(kernel, fn, variant, flags, dtype, rows["0"])
+
+
+def product_case(
+    kernel: str, fn: Any, variant: str, flags: dict[str, Any], dtype: str, row: dict[str, int]
+) -> Case:
+    """For sizes that are multiples of 16; K's tail is compiled as well."""
+    given = {
+        "HAS_BIAS": True, "HAS_R": False, "KEEP": False, "ACTIVATION": "none",
+        "PRECISION": "bf16x6" if dtype == "float32" else "ieee", **{k: row[k] for k in ("BM", "BN", "BK", "GROUP")}, **flags,
+    }  # fmt: skip
+    constants = {name: value for name, value in given.items() if name in fn.arg_names}
+    if not given["HAS_R"] and "R" in fn.arg_names:
+        constants["R"] = None
+    kept = {"linear": ("Z",), "glu": ("G", "U"), "sum": ()}[kernel]
+    constants |= {} if given["KEEP"] else dict.fromkeys(kept)
+    types = {
+        name: "i32" if name in ("M", "N", "K") or "_" in name else POINTERS[dtype]
+        for name in fn.arg_names
+        if name not in constants
+    }
+    return Case(f"{kernel} {variant} {dtype}".replace("  ", " "), fn, types, constants, row["warps"], row["stages"], matmul=True)
+
+
 def cases(arch: int) -> Iterator[Case]:
     """All of them for sm_`arch`."""
     yield from _attention(arch)
+    yield from _products(arch)

@@ -20,7 +20,7 @@ MUTANTS = {
     "lse in log2": (attention_forward, "(top + tl.log2(safe)) * LN2", "(top + tl.log2(safe))", {}),
     "the last full tile is dropped": (attention_forward, "rest = S // BN * BN", "rest = S // BN * BN\n    end = rest", {}),
     "the wrong key-value head": (attention_forward, "K_ + h // R * k_h", "K_ + h % (H // R) * k_h", CAUSAL),
-    "tanh without its series": (attention_forward, "tl.abs(x) < 0.3, x * series", "tl.abs(x) < 0.3, x", {"softcap": 2.0}),
+    "the cap does not bend": (attention_forward, "cap_log2 * tanh(scores * to_cap)", "cap_log2 * (scores * to_cap)", {"softcap": 2.0}),
     "dropout drops what it should keep": (attention_forward, ">= threshold, scale, 0.0", "< threshold, scale, 0.0", {"dropout": DROP}),
     "dropout forgets the scale": (attention_forward, ">= threshold, scale, 0.0", ">= threshold, 1.0, 0.0", {"dropout": DROP}),
     "the key mask is not looked at": (attention_forward, "other=False)[None, :]\n            scores", "other=False)[None, :] | True\n            scores", {"key_mask": MASK}),

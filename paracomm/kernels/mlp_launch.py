@@ -1,0 +1,102 @@
+"""Launches the kernels of mlp_kernels.py. Known to mlp.py only; it needs Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from paracomm.kernels import mlp_kernels as kernels
+from paracomm.kernels.attention_launch import dtype_name, last_contiguous, precision
+from paracomm.kernels.config import config
+from paracomm.kernels.select import arch
+
+BLOCK = 1024
+"""Elements of a program of an elementwise kernel."""
+
+
+def _tuned(kernel: str, x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    found = config(kernel, arch(x), dtype_name(x))
+    return (
+        {key: found[key] for key in ("BM", "BN", "BK", "GROUP")},
+        {"num_warps": found["warps"], "num_stages": found["stages"]},
+    )
+
+
+def _tiles(M: int, N: int, blocks: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(M, blocks["BM"]) * triton.cdiv(N, blocks["BN"]),)
+
+
+def launch_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    x, weight = last_contiguous(x), last_contiguous(weight)
+    residual = None if residual is None else last_contiguous(residual)
+    (M, K), N = x.shape, weight.shape[0]
+    y = x.new_empty(M, N)
+    z = torch.empty_like(y) if keep else x.new_empty(0)
+    if y.numel():
+        blocks, options = _tuned("linear", x)
+        kernels.linear_kernel[_tiles(M, N, blocks)](
+            x, weight, bias, residual, y, z if keep else None, M, N, K, x.stride(0), weight.stride(0),
+            0 if residual is None else residual.stride(0), HAS_BIAS=bias is not None, HAS_R=residual is not None,
+            KEEP=keep, ACTIVATION=activation, PRECISION=precision(x), **blocks, **options,
+        )  # fmt: skip
+    return y, z
+
+
+def launch_glu(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, bias_gate: Tensor | None, bias_up: Tensor | None, activation: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, w_gate, w_up = map(last_contiguous, (x, w_gate, w_up))
+    (M, K), N = x.shape, w_gate.shape[0]
+    y = x.new_empty(M, N)
+    gate, up = (torch.empty_like(y) if keep else x.new_empty(0) for _ in range(2))
+    if y.numel():
+        blocks, options = _tuned("glu", x)
+        kernels.glu_kernel[_tiles(M, N, blocks)](
+            x, w_gate, w_up, bias_gate, bias_up, y, gate if keep else None, up if keep else None, M, N, K, x.stride(0),
+            w_gate.stride(0), w_up.stride(0), HAS_BIAS=bias_gate is not None, KEEP=keep, ACTIVATION=activation,
+            PRECISION=precision(x), **blocks, **options,
+        )  # fmt: skip
+    return y, gate, up
+
+
+def launch_sum(a: Tensor, v: Tensor, b: Tensor, w: Tensor) -> Tensor:
+    a, v, b, w = map(last_contiguous, (a, v, b, w))
+    (M, K), N = a.shape, v.shape[1]
+    y = a.new_empty(M, N)
+    if y.numel():
+        blocks, options = _tuned("sum", a)
+        kernels.sum_kernel[_tiles(M, N, blocks)](
+            a, v, b, w, y, M, N, K, a.stride(0), b.stride(0), v.stride(0), w.stride(0), PRECISION=precision(a), **blocks,
+            **options,
+        )  # fmt: skip
+    return y
+
+
+def _elementwise(kernel: Any, like: Tensor, inputs: tuple[Tensor, ...], outputs: int, activation: str) -> list[Tensor]:
+    found = [torch.empty_like(like) for _ in range(outputs)]
+    if like.numel():
+        grid = (triton.cdiv(like.numel(), BLOCK),)
+        kernel[grid](*inputs, *found, like.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4)
+    return found
+
+
+def launch_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return _elementwise(kernels.gated_kernel, gate, (gate, up), 1, activation)[0]
+
+
+def launch_gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    dgate, dup = _elementwise(kernels.gated_backward_kernel, gate, (grad, gate, up), 2, activation)
+    return dgate, dup
+
+
+def launch_active(x: Tensor, activation: str) -> Tensor:
+    return _elementwise(kernels.active_kernel, x, (x,), 1, activation)[0]
+
+
+def launch_active_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    return _elementwise(kernels.active_backward_kernel, x, (grad, x), 1, activation)[0]
