@@ -49,14 +49,15 @@ def errors(ours: Function, eager: Function, inputs: Sequence[Tensor], dtype: tor
     results = []
     for function, kind in ((eager, torch.float64), (eager, dtype), (ours, dtype)):
         leaves = [x.to(kind).detach().requires_grad_() if x.is_floating_point() else x for x in rounded]
-        outputs = function(*leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        if not grads:
-            generator = torch.Generator().manual_seed(1)
-            grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype) for o in outputs]
-        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        wanted = [x for x in leaves if x.requires_grad]
-        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]) if pairs else ()
+        with config.override(**getattr(function, "configs", {})):  # of backward too
+            outputs = function(*leaves)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            if not grads:
+                generator = torch.Generator().manual_seed(1)
+                grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype) for o in outputs]
+            pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+            wanted = [x for x in leaves if x.requires_grad]
+            found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]) if pairs else ()
         results.append([*(o.detach() for o in outputs), *found])
     names = [f"output {i}" for i in range(len(grads))] + [
         f"gradient of input {i}" for i, x in enumerate(rounded) if x.is_floating_point()
@@ -93,6 +94,7 @@ def interpreted(function: Function, **configs: dict[str, int]) -> Function:
         with select.backend("triton"), config.override(**configs):
             return function(*inputs)
 
+    run.configs = configs  # type: ignore[attr-defined]
     return run
 
 
