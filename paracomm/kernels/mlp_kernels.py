@@ -8,7 +8,9 @@ Shapes: M rows, K input features, N output features; weights are [N, K], as torc
     gated      Y = act(G) * U and its gradients, elementwise
     active     Y = act(X) and its gradient, elementwise
 
-Rows and columns beyond the end read the last one again (no mask in the loop) and are not stored; K's last tile is apart.
+Pointers: rows beyond the end read the last one again (no mask in the loop) and are not stored; K's last tile is apart.
+TMA (sm_90): inputs are tensor descriptors, and what lies beyond an end is 0. SPECIALISED: one group of warps loads, the
+others multiply; Triton 3.7 does so for 4 warps and tiles of 64 rows only.
 Tiles go through in groups of GROUP rows of tiles, so that the weights' tiles stay in the L2 cache.
 """
 
@@ -29,30 +31,75 @@ def tile_of(program, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constex
 
 
 @triton.jit
-def rows_at(X, first, count, step, depth, B: tl.constexpr, BK: tl.constexpr):
-    """Pointers [B, BK] to rows first.. of X [count, depth]; beyond the end the last row."""
-    index = tl.minimum(first + tl.arange(0, B), count - 1).to(tl.int64)
-    return X + index[:, None] * step + (depth + tl.arange(0, BK))[None, :]
+def from_row(X, first, step, TMA: tl.constexpr):
+    """The pointer to row `first`, so that offsets within a tile fit 32 bits; a descriptor as it is."""
+    if not TMA:
+        X += first.to(tl.int64) * step
+    return X
+
+
+@triton.jit
+def row_offsets(first, count, step, B: tl.constexpr, BK: tl.constexpr):
+    """[B, BK], from row `first` of `count` on; beyond the end those of the last row."""
+    return tl.minimum(tl.arange(0, B), count - 1 - first)[:, None] * step + tl.arange(0, BK)[None, :]
+
+
+@triton.jit
+def column_offsets(first, count, step, BK: tl.constexpr, B: tl.constexpr):
+    """[BK, B], of columns first.. of `count`; beyond the end the last one."""
+    return tl.arange(0, BK)[:, None] * step + tl.minimum(first + tl.arange(0, B), count - 1)[None, :]
+
+
+@triton.jit
+def row_tile(X, offsets, first, k, K, BK: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr):
+    """[B, BK] at column k."""
+    if TMA:
+        x = X.load([first, k])
+    elif TAIL:
+        x = tl.load(X + k + offsets, mask=(k + tl.arange(0, BK) < K)[None, :], other=0.0)
+    else:
+        x = tl.load(X + k + offsets)
+    return x
+
+
+@triton.jit
+def column_tile(X, offsets, first, k, K, step, BK: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr):
+    """[BK, B] at row k."""
+    if TMA:
+        x = X.load([k, first])
+    elif TAIL:
+        x = tl.load(X + tl.cast(k, tl.int64) * step + offsets, mask=(k + tl.arange(0, BK) < K)[:, None], other=0.0)
+    else:
+        x = tl.load(X + tl.cast(k, tl.int64) * step + offsets)
+    return x
+
+
+@triton.jit
+def whole_tiles(K, BK: tl.constexpr, TMA: tl.constexpr):
+    """Where the loop over K ends; a tail is left without TMA."""
+    return K if TMA else K // BK * BK
 
 
 @triton.jit
 def linear_kernel(
     X, W, BIAS, R, Y, Z, M, N, K, x_m, w_n, r_m, HAS_BIAS: tl.constexpr, HAS_R: tl.constexpr, KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     first_m, first_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
-    x_at = rows_at(X, first_m, M, x_m, 0, BM, BK)
-    w_at = rows_at(W, first_n, N, w_n, 0, BN, BK)
+    X, x_at = from_row(X, first_m, x_m, TMA), row_offsets(first_m, M, x_m, BM, BK)
+    W, w_at = from_row(W, first_n, w_n, TMA), row_offsets(first_n, N, w_n, BN, BK)
     acc = tl.zeros([BM, BN], tl.float32)
-    for _ in tl.range(0, K // BK):
-        acc = tl.dot(tl.load(x_at), tl.trans(tl.load(w_at)), acc, input_precision=PRECISION)
-        x_at += BK
-        w_at += BK
-    if K % BK:
-        left = (tl.arange(0, BK) < K % BK)[None, :]
-        x, w = tl.load(x_at, mask=left, other=0.0), tl.load(w_at, mask=left, other=0.0)
+    end = whole_tiles(K, BK, TMA)
+    for k in tl.range(0, end, BK, warp_specialize=SPECIALISED):
+        x = row_tile(X, x_at, first_m, k, K, BK, TMA, False)
+        w = row_tile(W, w_at, first_n, k, K, BK, TMA, False)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    if not TMA:
+        if end < K:
+            x = row_tile(X, x_at, first_m, end, K, BK, TMA, True)
+            w = row_tile(W, w_at, first_n, end, K, BK, TMA, True)
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
     m = first_m + tl.arange(0, BM)
     n = first_n + tl.arange(0, BN)
     if HAS_BIAS:
@@ -71,26 +118,28 @@ def linear_kernel(
 def glu_kernel(
     X, WG, WU, BG, BU, Y, G, U, M, N, K, x_m, g_n, u_n, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     first_m, first_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
-    x_at = rows_at(X, first_m, M, x_m, 0, BM, BK)
-    g_at = rows_at(WG, first_n, N, g_n, 0, BN, BK)
-    u_at = rows_at(WU, first_n, N, u_n, 0, BN, BK)
+    X, x_at = from_row(X, first_m, x_m, TMA), row_offsets(first_m, M, x_m, BM, BK)
+    WG, g_at = from_row(WG, first_n, g_n, TMA), row_offsets(first_n, N, g_n, BN, BK)
+    WU, u_at = from_row(WU, first_n, u_n, TMA), row_offsets(first_n, N, u_n, BN, BK)
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
-    for _ in tl.range(0, K // BK):
-        x = tl.load(x_at)
-        gate = tl.dot(x, tl.trans(tl.load(g_at)), gate, input_precision=PRECISION)
-        up = tl.dot(x, tl.trans(tl.load(u_at)), up, input_precision=PRECISION)
-        x_at += BK
-        g_at += BK
-        u_at += BK
-    if K % BK:
-        left = (tl.arange(0, BK) < K % BK)[None, :]
-        x = tl.load(x_at, mask=left, other=0.0)
-        gate = tl.dot(x, tl.trans(tl.load(g_at, mask=left, other=0.0)), gate, input_precision=PRECISION)
-        up = tl.dot(x, tl.trans(tl.load(u_at, mask=left, other=0.0)), up, input_precision=PRECISION)
+    end = whole_tiles(K, BK, TMA)
+    for k in tl.range(0, end, BK, warp_specialize=SPECIALISED):
+        x = row_tile(X, x_at, first_m, k, K, BK, TMA, False)
+        g = row_tile(WG, g_at, first_n, k, K, BK, TMA, False)
+        u = row_tile(WU, u_at, first_n, k, K, BK, TMA, False)
+        gate = tl.dot(x, tl.trans(g), gate, input_precision=PRECISION)
+        up = tl.dot(x, tl.trans(u), up, input_precision=PRECISION)
+    if not TMA:
+        if end < K:
+            x = row_tile(X, x_at, first_m, end, K, BK, TMA, True)
+            g = row_tile(WG, g_at, first_n, end, K, BK, TMA, True)
+            u = row_tile(WU, u_at, first_n, end, K, BK, TMA, True)
+            gate = tl.dot(x, tl.trans(g), gate, input_precision=PRECISION)
+            up = tl.dot(x, tl.trans(u), up, input_precision=PRECISION)
     m = first_m + tl.arange(0, BM)
     n = first_n + tl.arange(0, BN)
     if HAS_BIAS:
@@ -107,32 +156,32 @@ def glu_kernel(
 @triton.jit
 def sum_kernel(
     A, V, B, W, Y, M, N, K, a_m, b_m, v_k, w_k, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Y [M, N] = A [M, K] V [K, N] + B [M, K] W [K, N]."""
     first_m, first_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
-    a_at = rows_at(A, first_m, M, a_m, 0, BM, BK)
-    b_at = rows_at(B, first_m, M, b_m, 0, BM, BK)
-    k = tl.arange(0, BK)
-    n = first_n + tl.arange(0, BN)
-    column = tl.minimum(n, N - 1)[None, :]
-    v_at = V + k.to(tl.int64)[:, None] * v_k + column
-    w_at = W + k.to(tl.int64)[:, None] * w_k + column
+    A, a_at = from_row(A, first_m, a_m, TMA), row_offsets(first_m, M, a_m, BM, BK)
+    B, b_at = from_row(B, first_m, b_m, TMA), row_offsets(first_m, M, b_m, BM, BK)
+    v_at, w_at = column_offsets(first_n, N, v_k, BK, BN), column_offsets(first_n, N, w_k, BK, BN)
     acc = tl.zeros([BM, BN], tl.float32)
-    for _ in tl.range(0, K // BK):
-        acc = tl.dot(tl.load(a_at), tl.load(v_at), acc, input_precision=PRECISION)
-        acc = tl.dot(tl.load(b_at), tl.load(w_at), acc, input_precision=PRECISION)
-        a_at += BK
-        b_at += BK
-        v_at += BK * v_k
-        w_at += BK * w_k
-    if K % BK:
-        left = k < K % BK
-        a, b = tl.load(a_at, mask=left[None, :], other=0.0), tl.load(b_at, mask=left[None, :], other=0.0)
-        v, w = tl.load(v_at, mask=left[:, None], other=0.0), tl.load(w_at, mask=left[:, None], other=0.0)
+    end = whole_tiles(K, BK, TMA)
+    for k in tl.range(0, end, BK, warp_specialize=SPECIALISED):
+        a = row_tile(A, a_at, first_m, k, K, BK, TMA, False)
+        v = column_tile(V, v_at, first_n, k, K, v_k, BK, TMA, False)
         acc = tl.dot(a, v, acc, input_precision=PRECISION)
+        b = row_tile(B, b_at, first_m, k, K, BK, TMA, False)
+        w = column_tile(W, w_at, first_n, k, K, w_k, BK, TMA, False)
         acc = tl.dot(b, w, acc, input_precision=PRECISION)
+    if not TMA:
+        if end < K:
+            a = row_tile(A, a_at, first_m, end, K, BK, TMA, True)
+            v = column_tile(V, v_at, first_n, end, K, v_k, BK, TMA, True)
+            acc = tl.dot(a, v, acc, input_precision=PRECISION)
+            b = row_tile(B, b_at, first_m, end, K, BK, TMA, True)
+            w = column_tile(W, w_at, first_n, end, K, w_k, BK, TMA, True)
+            acc = tl.dot(b, w, acc, input_precision=PRECISION)
     m = first_m + tl.arange(0, BM)
+    n = first_n + tl.arange(0, BN)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(Y + at, acc.to(Y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 

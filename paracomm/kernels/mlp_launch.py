@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from paracomm.kernels import mlp_kernels as kernels
 from paracomm.kernels.attention_launch import dtype_name, last_contiguous, precision
@@ -17,16 +18,32 @@ BLOCK = 1024
 """Elements of a program of an elementwise kernel."""
 
 
-def _tuned(kernel: str, x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    found = config(kernel, arch(x), dtype_name(x))
-    return (
-        {key: found[key] for key in ("BM", "BN", "BK", "GROUP")},
-        {"num_warps": found["warps"], "num_stages": found["stages"]},
-    )
+class _Product:
+    """How one product is launched: tiles, and whether its inputs go by tensor descriptors.
+
+    rows: [M, K] first, then weights [N, K]; with `columns`, which are [K, N], all are [M, K].
+    """
+
+    def __init__(self, kernel: str, x: Tensor, M: int, N: int, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...] = ()) -> None:
+        found = config(kernel, arch(x), dtype_name(x))
+        self.blocks = {key: found[key] for key in ("BM", "BN", "BK", "GROUP")}
+        tma = bool(found.get("TMA")) and all(map(_describable, (*rows, *columns)))
+        self.options: dict[str, Any] = {
+            "PRECISION": precision(x), "TMA": tma, "SPECIALISED": tma and bool(found.get("SPECIALISED")),
+            "num_warps": found["warps"], "num_stages": found["stages"], **self.blocks,
+        }  # fmt: skip
+        self.grid = (triton.cdiv(M, found["BM"]) * triton.cdiv(N, found["BN"]),)
+        BM, BN, BK = (found[key] for key in ("BM", "BN", "BK"))
+        shapes = [[BM if columns or i == 0 else BN, BK] for i in range(len(rows))]
+        self.inputs: list[Any] = [*rows, *columns]
+        if tma:
+            shapes += [[BK, BN]] * len(columns)
+            self.inputs = [TensorDescriptor.from_tensor(x, block) for x, block in zip(self.inputs, shapes, strict=True)]
 
 
-def _tiles(M: int, N: int, blocks: dict[str, int]) -> tuple[int]:
-    return (triton.cdiv(M, blocks["BM"]) * triton.cdiv(N, blocks["BN"]),)
+def _describable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read it: 16 bytes are its unit (CUDA Programming Guide, "TMA")."""
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def launch_linear(
@@ -38,11 +55,11 @@ def launch_linear(
     y = x.new_empty(M, N)
     z = torch.empty_like(y) if keep else x.new_empty(0)
     if y.numel():
-        blocks, options = _tuned("linear", x)
-        kernels.linear_kernel[_tiles(M, N, blocks)](
-            x, weight, bias, residual, y, z if keep else None, M, N, K, x.stride(0), weight.stride(0),
+        p = _Product("linear", x, M, N, (x, weight))
+        kernels.linear_kernel[p.grid](
+            *p.inputs, bias, residual, y, z if keep else None, M, N, K, x.stride(0), weight.stride(0),
             0 if residual is None else residual.stride(0), HAS_BIAS=bias is not None, HAS_R=residual is not None,
-            KEEP=keep, ACTIVATION=activation, PRECISION=precision(x), **blocks, **options,
+            KEEP=keep, ACTIVATION=activation, **p.options,
         )  # fmt: skip
     return y, z
 
@@ -55,11 +72,11 @@ def launch_glu(
     y = x.new_empty(M, N)
     gate, up = (torch.empty_like(y) if keep else x.new_empty(0) for _ in range(2))
     if y.numel():
-        blocks, options = _tuned("glu", x)
-        kernels.glu_kernel[_tiles(M, N, blocks)](
-            x, w_gate, w_up, bias_gate, bias_up, y, gate if keep else None, up if keep else None, M, N, K, x.stride(0),
+        p = _Product("glu", x, M, N, (x, w_gate, w_up))
+        kernels.glu_kernel[p.grid](
+            *p.inputs, bias_gate, bias_up, y, gate if keep else None, up if keep else None, M, N, K, x.stride(0),
             w_gate.stride(0), w_up.stride(0), HAS_BIAS=bias_gate is not None, KEEP=keep, ACTIVATION=activation,
-            PRECISION=precision(x), **blocks, **options,
+            **p.options,
         )  # fmt: skip
     return y, gate, up
 
@@ -69,11 +86,11 @@ def launch_sum(a: Tensor, v: Tensor, b: Tensor, w: Tensor) -> Tensor:
     (M, K), N = a.shape, v.shape[1]
     y = a.new_empty(M, N)
     if y.numel():
-        blocks, options = _tuned("sum", a)
-        kernels.sum_kernel[_tiles(M, N, blocks)](
-            a, v, b, w, y, M, N, K, a.stride(0), b.stride(0), v.stride(0), w.stride(0), PRECISION=precision(a), **blocks,
-            **options,
-        )  # fmt: skip
+        p = _Product("sum", a, M, N, (a, b), (v, w))
+        a_in, b_in, v_in, w_in = p.inputs
+        kernels.sum_kernel[p.grid](
+            a_in, v_in, b_in, w_in, y, M, N, K, a.stride(0), b.stride(0), v.stride(0), w.stride(0), **p.options
+        )
     return y
 
 

@@ -104,12 +104,22 @@ def product_case(
         constants["R"] = None
     kept = {"linear": ("Z",), "glu": ("G", "U"), "sum": ()}[kernel]
     constants |= {} if given["KEEP"] else dict.fromkeys(kept)
+    constants |= {"TMA": bool(row.get("TMA")), "SPECIALISED": bool(row.get("SPECIALISED"))}
     types = {
         name: "i32" if name in ("M", "N", "K") or "_" in name else POINTERS[dtype]
         for name in fn.arg_names
         if name not in constants
     }
-    return Case(f"{kernel} {variant} {dtype}".replace("  ", " "), fn, types, constants, row["warps"], row["stages"], matmul=True)
+    if constants["TMA"]:
+        element = POINTERS[dtype].removeprefix("*")
+        BM, BN, BK = (row[key] for key in ("BM", "BN", "BK"))
+        tiles = {"X": (BM, BK), "A": (BM, BK), "B": (BM, BK), "WG": (BN, BK), "WU": (BN, BK), "V": (BK, BN)}
+        tiles["W"] = (BK, BN) if kernel == "sum" else (BN, BK)
+        types |= {name: f"tensordesc<{element}[{rows}, {columns}]>" for name, (rows, columns) in tiles.items() if name in types}
+    return Case(
+        f"{kernel} {variant} {dtype}".replace("  ", " "), fn, types, constants, row["warps"], row["stages"], matmul=True,
+        tma=constants["TMA"], specialised=constants["SPECIALISED"],
+    )  # fmt: skip
 
 
 def cases(arch: int) -> Iterator[Case]:

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paracomm.kernels import config, mlp, select
+from paracomm.kernels import config, mlp, mlp_launch, select
 from paracomm.kernels.reference import ACTIVATIONS
 from tests.kernels.law import interpreted, twice
 
 TILES = {"BM": 16, "BN": 16, "BK": 16, "GROUP": 2, "warps": 4, "stages": 1}
 OTHER = TILES | {"BM": 32, "BN": 32, "GROUP": 3}
+DESCRIBED = OTHER | {"BK": 32, "TMA": 1, "SPECIALISED": 1}
+"""By tensor descriptors, where sizes allow them; other sizes go by pointers."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(37, 50, 40), (16, 32, 48), (1, 5, 7), (64, 16, 33), (3, 100, 16)]
 """(M, N, K)"""
@@ -87,6 +89,7 @@ LINEARS: list[tuple[Any, ...]] = [
     (SIZES[3], "relu", False, True),
     (SIZES[4], None, False, True),
     (SIZES[4], "gelu_tanh", True, True),
+    ((40, 48, 80), "gelu", True, True),
 ]
 GLUS: list[tuple[Any, ...]] = [
     (SIZES[0], "silu", False),
@@ -94,6 +97,7 @@ GLUS: list[tuple[Any, ...]] = [
     (SIZES[2], "gelu_tanh", True),
     (SIZES[3], "relu", False),
     (SIZES[4], "silu", True),
+    ((40, 48, 80), "silu", True),
 ]
 
 
@@ -107,8 +111,19 @@ def test_glu(case: tuple[Any, ...]) -> None:
     check_glu(*case, torch.bfloat16)
 
 
+def test_by_tensor_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = []
+    original = mlp_launch.TensorDescriptor.from_tensor
+    monkeypatch.setattr(mlp_launch.TensorDescriptor, "from_tensor", lambda x, block: described.append(block) or original(x, block))
+    check_linear(*LINEARS[-1], torch.bfloat16, DESCRIBED)
+    check_glu(*GLUS[-1], torch.bfloat16, DESCRIBED)
+    assert len(described) == 2 + 3 + 4
+    check_linear(*LINEARS[3], torch.bfloat16, DESCRIBED)
+    assert len(described) == 9, "rows of 7 elements are not whole units of 16 bytes"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [TILES, OTHER], ids=["16", "32"])
+@pytest.mark.parametrize("row", [TILES, OTHER, DESCRIBED], ids=["16", "32", "TMA"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*LINEARS, *GLUS], ids=str)
 def test_products_everywhere(case: tuple[Any, ...], dtype: torch.dtype, row: dict[str, int]) -> None:
