@@ -1,0 +1,46 @@
+"""Eager twin of norm.py."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str
+) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual), by torch's own fused norms."""
+    total = x if residual is None else x + residual
+    if kind == "layer":
+        return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+    normed = F.rms_norm(total, total.shape[-1:], weight, eps)
+    return normed if bias is None else normed + bias, total
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, layer: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernel gives: (normed, sum or empty, mean [N] or empty, rstd [N])."""
+    normed, total = add_norm(x, residual, weight, bias, eps, "layer" if layer else "rms")
+    rows = total.float().flatten(0, -2) if total.dim() > 1 else total.float()[None]
+    mean = rows.mean(1) if layer else rows.new_empty(0)
+    off = rows - mean[:, None] if layer else rows
+    rstd = (off.square().mean(1) + eps).rsqrt()
+    return normed.contiguous(), x.new_empty(0) if residual is None else total.contiguous(), mean, rstd
+
+
+def backward(
+    grad: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias or empty)."""
+    g, s = (t.reshape(-1, t.shape[-1]).float() for t in (grad, total))
+    h = (s - mean[:, None] if len(mean) else s) * rstd[:, None]
+    wg = g * weight.float()
+    dx = wg - h * (wg * h).mean(1, keepdim=True)
+    if len(mean):
+        dx -= wg.mean(1, keepdim=True)
+    dx = (dx * rstd[:, None]).reshape(total.shape)
+    if grad_sum is not None:
+        dx = dx + grad_sum.float()
+    dbias = g.sum(0).to(weight.dtype) if has_bias else weight.new_empty(0)
+    return dx.to(total.dtype).contiguous(), (g * h).sum(0).to(weight.dtype), dbias
