@@ -22,7 +22,7 @@ PYTHON_ROOMS = {
     "_auto": {"backend"},
     "backend": {"comm", "bootstrap"},
     "hooks": {"comm"},
-    "parallel": {"comm", "hooks"},
+    "parallel": {"comm", "hooks", "kernels"},
     "models": {"parallel", "kernels"},
     "train": {"models", "parallel", "kernels", "hooks", "backend", "comm", "schedule"},
     "cli": {
