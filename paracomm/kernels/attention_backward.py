@@ -52,8 +52,9 @@ def dkdv_tiles(
     d = tl.arange(0, D)
     for start in tl.range(first, last, BM):
         q_index = start + tl.arange(0, BM)
-        q_at = q_base + q_index[:, None] * q_step + d[None, :]
-        g_at = g_base + q_index[:, None] * g_step + d[None, :]
+        m = tl.arange(0, BM)[:, None]
+        q_at = q_base + tl.cast(start, tl.int64) * q_step + (m * q_step + d[None, :])
+        g_at = g_base + tl.cast(start, tl.int64) * g_step + (m * g_step + d[None, :])
         if MASKED or D != K:
             inside = (q_index < T)[:, None] & (d < K)[None, :]
             q = tl.load(q_at, mask=inside, other=0.0)
@@ -121,8 +122,10 @@ def attention_dkdv_kernel(
     k_index = first_key + tl.arange(0, BN)
     d = tl.arange(0, D)
     whole = (k_index < S)[:, None] & (d < K)[None, :]
-    k = tl.load(k_at + k_index[:, None] * k_t + d[None, :], mask=whole, other=0.0)
-    v = tl.load(v_at + k_index[:, None] * v_t + d[None, :], mask=whole, other=0.0)
+    n = tl.arange(0, BN)[:, None]
+    first = first_key.to(tl.int64)
+    k = tl.load(k_at + first * k_t + (n * k_t + d[None, :]), mask=whole, other=0.0)
+    v = tl.load(v_at + first * v_t + (n * v_t + d[None, :]), mask=whole, other=0.0)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     row = b
@@ -153,8 +156,8 @@ def attention_dkdv_kernel(
         seen = tl.load(KEY_MASK + b * S + k_index, mask=k_index < S, other=False)[:, None]
         dk = tl.where(seen, dk, 0.0)
         dv = tl.where(seen, dv, 0.0)
-    tl.store(dk_at + k_index[:, None] * dk_t + d[None, :], dk.to(DK.dtype.element_ty), mask=whole)
-    tl.store(dv_at + k_index[:, None] * dv_t + d[None, :], dv.to(DV.dtype.element_ty), mask=whole)
+    tl.store(dk_at + first * dk_t + (n * dk_t + d[None, :]), dk.to(DK.dtype.element_ty), mask=whole)
+    tl.store(dv_at + first * dv_t + (n * dv_t + d[None, :]), dv.to(DV.dtype.element_ty), mask=whole)
 
 
 @triton.jit
@@ -168,8 +171,9 @@ def dq_tiles(
     d = tl.arange(0, D)
     for start in tl.range(first, last, BN):
         k_index = start + tl.arange(0, BN)
-        k_at = k_base + k_index[:, None] * k_step + d[None, :]
-        v_at = v_base + k_index[:, None] * v_step + d[None, :]
+        n = tl.arange(0, BN)[:, None]
+        k_at = k_base + tl.cast(start, tl.int64) * k_step + (n * k_step + d[None, :])
+        v_at = v_base + tl.cast(start, tl.int64) * v_step + (n * v_step + d[None, :])
         if MASKED or D != K:
             inside = (k_index < S)[:, None] & (d < K)[None, :]
             k = tl.load(k_at, mask=inside, other=0.0)
@@ -223,8 +227,10 @@ def attention_dq_kernel(
     d = tl.arange(0, D)
     q_inside = q_index < T
     whole = q_inside[:, None] & (d < K)[None, :]
-    q = tl.load(q_at + q_index[:, None] * q_t + d[None, :], mask=whole, other=0.0)
-    grad = tl.load(g_at + q_index[:, None] * g_t + d[None, :], mask=whole, other=0.0)
+    m = tl.arange(0, BM)[:, None]
+    first = first_query.to(tl.int64)
+    q = tl.load(q_at + first * q_t + (m * q_t + d[None, :]), mask=whole, other=0.0)
+    grad = tl.load(g_at + first * g_t + (m * g_t + d[None, :]), mask=whole, other=0.0)
     lse = tl.load(l_at + q_index, mask=q_inside, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     delta = tl.load(delta_at + q_index, mask=q_inside, other=0.0)
@@ -255,4 +261,4 @@ def attention_dq_kernel(
         cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK,
         DROPOUT, RUNS, PRECISION,
     )  # fmt: skip
-    tl.store(dq_at + q_index[:, None] * dq_t + d[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=whole)
+    tl.store(dq_at + first * dq_t + (m * dq_t + d[None, :]), (dq * scale).to(DQ.dtype.element_ty), mask=whole)

@@ -13,7 +13,7 @@ to a power of two. A query at t looks at keys up to t + S - T (causal), from t +
     keys      | masked | full  full  full | masked |        only tiles at an edge (window, diagonal, end) look at positions
     queries   t0..     ^ window            ^ diagonal, end
 
-Scores are in units of log2: exp2(scale_log2 * qk - m) is one FFMA and one MUFU an element. `lse` may be that of more keys
+A tile's first row is a pointer of 64 bits, offsets within a tile fit 32. Scores are in units of log2: exp2(scale_log2 * qk - m) is one FFMA and one MUFU an element. `lse` may be that of more keys
 than are given here, as context parallelism has it.
 """
 
@@ -75,8 +75,8 @@ def forward_tiles(
     n = tl.arange(0, BN)
     for start in tl.range(first, last, BN):
         k_index = start + n
-        k_at = k_base + k_index[None, :] * k_step + d[:, None]
-        v_at = v_base + k_index[:, None] * v_step + d[None, :]
+        k_at = k_base + tl.cast(start, tl.int64) * k_step + (n[None, :] * k_step + d[:, None])
+        v_at = v_base + tl.cast(start, tl.int64) * v_step + (n[:, None] * v_step + d[None, :])
         if MASKED or D != K:
             inside = (k_index < S)[None, :] & (d < K)[:, None]
             k = tl.load(k_at, mask=inside, other=0.0)
@@ -155,7 +155,9 @@ def attention_forward_kernel(
     d = tl.arange(0, D)
     q_inside = q_index < T
     whole = q_inside[:, None] & (d < K)[None, :]
-    q = tl.load(q_at + q_index[:, None] * q_t + d[None, :], mask=whole, other=0.0)
+    m = tl.arange(0, BM)[:, None]
+    q_at, o_at = q_at + first_query.to(tl.int64) * q_t, o_at + first_query.to(tl.int64) * o_t
+    q = tl.load(q_at + (m * q_t + d[None, :]), mask=whole, other=0.0)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
@@ -190,4 +192,4 @@ def attention_forward_kernel(
     lse = tl.where(nothing, float("-inf"), (top + tl.log2(safe)) * LN2)
     tl.store(l_at + q_index, lse, mask=q_inside)
     out = acc / safe[:, None]
-    tl.store(o_at + q_index[:, None] * o_t + d[None, :], out.to(OUT.dtype.element_ty), mask=whole)
+    tl.store(o_at + (m * o_t + d[None, :]), out.to(OUT.dtype.element_ty), mask=whole)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paracomm.kernels.attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
 from paracomm.kernels.attention_forward import attention_forward_kernel
+from paracomm.kernels.attention_tma import can_tma, forward_tma
 from paracomm.kernels.config import config
 from paracomm.kernels.philox import keep_mask_kernel
 from paracomm.kernels.select import arch
@@ -63,6 +64,7 @@ class Attention:
             "CAPPED": capped, "HAS_KEY_MASK": o.key_mask is not None, "DROPOUT": dropped,
             "RUNS": dropped and o.q_positions is None, "VARLEN": varlen, "PRECISION": precision(q),
         }  # fmt: skip
+        self.heavy = "_heavy" if capped or dropped or o.window > 0 or o.key_mask is not None else ""
         self.lse_strides = (0, q.shape[2]) if varlen else (self.H * q.shape[2], q.shape[2])
 
     def strides(self, *tensors: Tensor) -> list[int]:
@@ -82,7 +84,9 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: _Options) -> tuple[Tensor
         return out, lse.fill_(-torch.inf)
     if not k.shape[2]:
         return out.zero_(), lse.fill_(-torch.inf)
-    blocks, options = a.tuned("attention_forward")
+    if can_tma(q, k, v, o):
+        return forward_tma(q, k, v, a)
+    blocks, options = a.tuned("attention_forward" + a.heavy)
     attention_forward_kernel[(triton.cdiv(a.T, blocks["BM"]), a.B * a.H)](
         q, k, v, out, lse, *a.pointers, *a.strides(q, k, v, out), *a.lse_strides, a.H, a.T, a.S, o.window, *a.scales,
         *a.drop, **a.flags, **blocks, **options,
@@ -105,12 +109,12 @@ def launch_backward(
         out, grad, delta, *a.strides(out, grad), a.H * q.shape[2], q.shape[2], a.H, q.shape[2], K=a.K,
         D=a.flags["D"], BM=blocks["BM"], **options,
     )  # fmt: skip
-    blocks, options = a.tuned("attention_dkdv")
+    blocks, options = a.tuned("attention_dkdv" + a.heavy)
     attention_dkdv_kernel[(triton.cdiv(a.S, blocks["BN"]), a.B * a.G)](
         q, k, v, grad, lse, delta, dk, dv, *a.pointers, *a.strides(q, k, v, grad, dk, dv), *a.lse_strides, a.G, a.T, a.S,
         o.window, o.scale, *a.scales, *a.drop, **a.flags, **blocks, **options,
     )  # fmt: skip
-    blocks, options = a.tuned("attention_dq")
+    blocks, options = a.tuned("attention_dq" + a.heavy)
     attention_dq_kernel[(triton.cdiv(a.T, blocks["BM"]), a.B * a.H)](
         q, k, v, grad, lse, delta, dq, *a.pointers, *a.strides(q, k, v, grad, dq), *a.lse_strides, a.H, a.T, a.S,
         o.window, o.scale, *a.scales, *a.drop, **a.flags, **blocks, **options,

@@ -9,8 +9,7 @@ Shapes: M rows, K input features, N output features; weights are [N, K], as torc
     active     Y = act(X) and its gradient, elementwise
 
 Pointers: rows beyond the end read the last one again (no mask in the loop) and are not stored; K's last tile is apart.
-TMA (sm_90): inputs are tensor descriptors, and what lies beyond an end is 0. SPECIALISED: one group of warps loads, the
-others multiply; Triton 3.7 does so for 4 warps and tiles of 64 rows only.
+TMA (sm_90): inputs are tensor descriptors, and what lies beyond an end is 0.
 Tiles go through in groups of GROUP rows of tiles, so that the weights' tiles stay in the L2 cache.
 """
 
@@ -84,14 +83,14 @@ def whole_tiles(K, BK: tl.constexpr, TMA: tl.constexpr):
 def linear_kernel(
     X, W, BIAS, R, Y, Z, M, N, K, x_m, w_n, r_m, HAS_BIAS: tl.constexpr, HAS_R: tl.constexpr, KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     first_m, first_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     X, x_at = from_row(X, first_m, x_m, TMA), row_offsets(first_m, M, x_m, BM, BK)
     W, w_at = from_row(W, first_n, w_n, TMA), row_offsets(first_n, N, w_n, BN, BK)
     acc = tl.zeros([BM, BN], tl.float32)
     end = whole_tiles(K, BK, TMA)
-    for k in tl.range(0, end, BK, warp_specialize=SPECIALISED):
+    for k in tl.range(0, end, BK):
         x = row_tile(X, x_at, first_m, k, K, BK, TMA, False)
         w = row_tile(W, w_at, first_n, k, K, BK, TMA, False)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
@@ -118,7 +117,7 @@ def linear_kernel(
 def glu_kernel(
     X, WG, WU, BG, BU, Y, G, U, M, N, K, x_m, g_n, u_n, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     first_m, first_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     X, x_at = from_row(X, first_m, x_m, TMA), row_offsets(first_m, M, x_m, BM, BK)
@@ -127,7 +126,7 @@ def glu_kernel(
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
     end = whole_tiles(K, BK, TMA)
-    for k in tl.range(0, end, BK, warp_specialize=SPECIALISED):
+    for k in tl.range(0, end, BK):
         x = row_tile(X, x_at, first_m, k, K, BK, TMA, False)
         g = row_tile(WG, g_at, first_n, k, K, BK, TMA, False)
         u = row_tile(WU, u_at, first_n, k, K, BK, TMA, False)
@@ -156,7 +155,7 @@ def glu_kernel(
 @triton.jit
 def sum_kernel(
     A, V, B, W, Y, M, N, K, a_m, b_m, v_k, w_k, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Y [M, N] = A [M, K] V [K, N] + B [M, K] W [K, N]."""
     first_m, first_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
@@ -165,7 +164,7 @@ def sum_kernel(
     v_at, w_at = column_offsets(first_n, N, v_k, BK, BN), column_offsets(first_n, N, w_k, BK, BN)
     acc = tl.zeros([BM, BN], tl.float32)
     end = whole_tiles(K, BK, TMA)
-    for k in tl.range(0, end, BK, warp_specialize=SPECIALISED):
+    for k in tl.range(0, end, BK):
         a = row_tile(A, a_at, first_m, k, K, BK, TMA, False)
         v = column_tile(V, v_at, first_n, k, K, v_k, BK, TMA, False)
         acc = tl.dot(a, v, acc, input_precision=PRECISION)

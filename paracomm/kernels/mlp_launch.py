@@ -29,8 +29,7 @@ class _Product:
         self.blocks = {key: found[key] for key in ("BM", "BN", "BK", "GROUP")}
         tma = bool(found.get("TMA")) and all(map(_describable, (*rows, *columns)))
         self.options: dict[str, Any] = {
-            "PRECISION": precision(x), "TMA": tma, "SPECIALISED": tma and bool(found.get("SPECIALISED")),
-            "num_warps": found["warps"], "num_stages": found["stages"], **self.blocks,
+            "PRECISION": precision(x), "TMA": tma, "num_warps": found["warps"], "num_stages": found["stages"], **self.blocks,
         }  # fmt: skip
         self.grid = (triton.cdiv(M, found["BM"]) * triton.cdiv(N, found["BN"]),)
         BM, BN, BK = (found[key] for key in ("BM", "BN", "BK"))

@@ -9,32 +9,44 @@ from paracomm.kernels import attention_backward, attention_forward, mlp_kernels
 from paracomm.kernels.config import table
 from paracomm.kernels.static.case import POINTERS, Case
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "causal": {"CAUSAL": True},
-    "full": {},
+ATTENTION = {
+    "attention_forward": attention_forward.attention_forward_kernel,
+    "attention_dkdv": attention_backward.attention_dkdv_kernel,
+    "attention_dq": attention_backward.attention_dq_kernel,
+    "attention_forward_heavy": attention_forward.attention_forward_kernel,
+    "attention_dkdv_heavy": attention_backward.attention_dkdv_kernel,
+    "attention_dq_heavy": attention_backward.attention_dq_kernel,
+}
+"""Rows of the tables. The heavy ones serve whatever needs more registers: a window, a cap, dropout, a mask of keys."""
+HEAD_SIZES = (16, 32, 64, 128, 256)
+PLAIN: dict[str, dict[str, Any]] = {"causal": {"CAUSAL": True}, "varlen": {"CAUSAL": True, "VARLEN": True}}
+HEAVY: dict[str, dict[str, Any]] = {
+    "all": {"CAUSAL": True, "WINDOW": True, "CAPPED": True, "DROPOUT": True, "RUNS": True, "HAS_KEY_MASK": True},
     "window": {"CAUSAL": True, "WINDOW": True},
     "softcap": {"CAUSAL": True, "CAPPED": True},
     "dropout": {"CAUSAL": True, "DROPOUT": True, "RUNS": True},
     "places": {"DROPOUT": True},
     "masked": {"HAS_KEY_MASK": True},
-    "varlen": {"CAUSAL": True, "VARLEN": True},
 }
-"""Of attention. At head size 128 in bfloat16 all are compiled, elsewhere the first two."""
+"""At head size 128 in bfloat16 every variant is compiled, elsewhere the first: it has the most code."""
+
+
+def attention_cases(kernel: str, dtype: str, size: int, row: dict[str, int]) -> list[Case]:
+    """What a row of attention serves."""
+    variants = HEAVY if kernel.endswith("_heavy") else PLAIN
+    every = dtype == "bfloat16" and size == 128
+    return [
+        attention_case(kernel, ATTENTION[kernel], variant, flags, dtype, size, row)
+        for number, (variant, flags) in enumerate(variants.items())
+        if every or number == 0
+    ]
 
 
 def _attention(arch: int) -> Iterator[Case]:
-    kernels = {
-        "attention_forward": attention_forward.attention_forward_kernel,
-        "attention_dkdv": attention_backward.attention_dkdv_kernel,
-        "attention_dq": attention_backward.attention_dq_kernel,
-    }
-    for kernel, fn in kernels.items():
+    for kernel in ATTENTION:
         for dtype, rows in table(arch)[kernel].items():
             for size, row in rows.items():
-                every = dtype == "bfloat16" and size == "128"
-                for variant, flags in VARIANTS.items():
-                    if every or variant in ("causal", "full"):
-                        yield attention_case(kernel, fn, variant, flags, dtype, int(size), row)
+                yield from attention_cases(kernel, dtype, int(size), row)
 
 
 def attention_case(
@@ -78,17 +90,24 @@ def attention_case(
     )  # fmt: skip
 
 
+PRODUCTS = {"linear": mlp_kernels.linear_kernel, "glu": mlp_kernels.glu_kernel, "sum": mlp_kernels.sum_kernel}
+PRODUCT_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "linear": {"gelu_tanh kept residual": {"KEEP": True, "HAS_R": True, "ACTIVATION": "gelu_tanh"}, "plain": {}},
+    "glu": {"silu kept": {"KEEP": True, "ACTIVATION": "silu"}, "gelu_tanh kept": {"KEEP": True, "ACTIVATION": "gelu_tanh"}},
+    "sum": {"": {}},
+}
+
+
+def product_cases(kernel: str, dtype: str, row: dict[str, int]) -> list[Case]:
+    """What a row of a product serves."""
+    variants = PRODUCT_VARIANTS[kernel].items()
+    return [product_case(kernel, PRODUCTS[kernel], variant, flags, dtype, row) for variant, flags in variants]
+
+
 def _products(arch: int) -> Iterator[Case]:
-    kernels = {"linear": mlp_kernels.linear_kernel, "glu": mlp_kernels.glu_kernel, "sum": mlp_kernels.sum_kernel}
-    variants = {
-        "linear": {"plain": {}, "gelu_tanh kept residual": {"KEEP": True, "HAS_R": True, "ACTIVATION": "gelu_tanh"}},
-        "glu": {"silu kept": {"KEEP": True, "ACTIVATION": "silu"}, "gelu": {"ACTIVATION": "gelu"}},
-        "sum": {"": {}},
-    }
-    for kernel, fn in kernels.items():
+    for kernel in PRODUCTS:
         for dtype, rows in table(arch)[kernel].items():
-            for variant, flags in variants[kernel].items():
-                yield product_case(kernel, fn, variant, flags, dtype, rows["0"])
+            yield from product_cases(kernel, dtype, rows["0"])
 
 
 def product_case(
@@ -104,7 +123,7 @@ def product_case(
         constants["R"] = None
     kept = {"linear": ("Z",), "glu": ("G", "U"), "sum": ()}[kernel]
     constants |= {} if given["KEEP"] else dict.fromkeys(kept)
-    constants |= {"TMA": bool(row.get("TMA")), "SPECIALISED": bool(row.get("SPECIALISED"))}
+    constants["TMA"] = bool(row.get("TMA"))
     types = {
         name: "i32" if name in ("M", "N", "K") or "_" in name else POINTERS[dtype]
         for name in fn.arg_names
@@ -118,7 +137,7 @@ def product_case(
         types |= {name: f"tensordesc<{element}[{rows}, {columns}]>" for name, (rows, columns) in tiles.items() if name in types}
     return Case(
         f"{kernel} {variant} {dtype}".replace("  ", " "), fn, types, constants, row["warps"], row["stages"], matmul=True,
-        tma=constants["TMA"], specialised=constants["SPECIALISED"],
+        tma=constants["TMA"],
     )  # fmt: skip
 
 

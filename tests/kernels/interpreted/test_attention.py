@@ -20,7 +20,8 @@ TALL = SMALL | {"BN": 32}
 
 
 def configs(row: dict[str, int]) -> dict[str, dict[str, int]]:
-    return {name: row for name in ("attention_forward", "attention_delta", "attention_dkdv", "attention_dq")}
+    names = ("attention_forward", "attention_dkdv", "attention_dq")
+    return {name: row for name in (*names, *(f"{name}_heavy" for name in names), "attention_delta")}
 
 
 @dataclass(frozen=True)

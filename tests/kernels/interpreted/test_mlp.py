@@ -16,7 +16,7 @@ from tests.kernels.law import interpreted, twice
 
 TILES = {"BM": 16, "BN": 16, "BK": 16, "GROUP": 2, "warps": 4, "stages": 1}
 OTHER = TILES | {"BM": 32, "BN": 32, "GROUP": 3}
-DESCRIBED = OTHER | {"BK": 32, "TMA": 1, "SPECIALISED": 1}
+DESCRIBED = OTHER | {"BK": 32, "TMA": 1}
 """By tensor descriptors, where sizes allow them; other sizes go by pointers."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(37, 50, 40), (16, 32, 48), (1, 5, 7), (64, 16, 33), (3, 100, 16)]
