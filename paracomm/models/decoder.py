@@ -20,9 +20,9 @@ from paracomm.models.layers import (
     BlockCache,
     DecoderConfig,
     LearnedPositions,
+    Norm,
     expect_within,
     initialise,
-    make_norm,
 )
 from paracomm.models.plans import block_plan
 from paracomm.parallel import rng
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
         self.token = nn.Embedding(config.vocabulary, config.width)
         self.position = LearnedPositions(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = make_norm(config)
+        self.norm = Norm(config)
         table = self.token.weight if config.tied else nn.Parameter(torch.empty_like(self.token.weight))
         self.head = Head(cast("nn.Parameter", table))
         initialise(self, seed, residuals=2 * config.depth)

@@ -77,7 +77,7 @@ def _generate(
     B, T = tokens_BT.shape
     context = model.config.context
     text_BT = torch.cat([tokens_BT, tokens_BT.new_empty(B, count)], dim=1)
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator(tokens_BT.device).manual_seed(seed)
     start, seen, cache = max(0, T - context), max(0, T - context), model.new_cache()
     for end in range(T, T + count):
         if end - start > context:

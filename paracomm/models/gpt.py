@@ -26,5 +26,5 @@ class GPT(Decoder):
         """`prompt` followed by `count` sampled bytes; temperature 0 takes the likeliest byte each time."""
         if not prompt:
             raise InvalidArgument("GPT.generate: the prompt is empty, expected at least one byte")
-        tokens_BT = torch.tensor([list(prompt)])
+        tokens_BT = torch.tensor([list(prompt)], device=self.token.weight.device)
         return bytes(generate(self, tokens_BT, count, temperature=temperature, seed=seed)[0].tolist())

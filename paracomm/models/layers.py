@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paracomm import kernels
 from paracomm.errors import InvalidArgument
 from paracomm.parallel import rng
 from paracomm.parallel.attention import Attention as AttentionCore
@@ -111,8 +112,7 @@ class Rotary(nn.Module):
     def forward(self, x_BHTK: Tensor) -> Tensor:
         positions_T = rng.positions(x_BHTK.shape[2], x_BHTK.device)
         cosine_TK, sine_TK = (table[positions_T] for table in self._table(x_BHTK))
-        low, high = x_BHTK.chunk(2, dim=-1)
-        return x_BHTK * cosine_TK + torch.cat([-high, low], dim=-1) * sine_TK
+        return kernels.rotary(x_BHTK, cosine_TK, sine_TK)
 
     def _table(self, like: Tensor) -> tuple[Tensor, Tensor]:
         key = (like.dtype, like.device)
@@ -220,8 +220,14 @@ def join_heads(x_BHTK: Tensor) -> Tensor:
     return x_BHTK.transpose(1, 2).flatten(2)
 
 
+# --- MLP and norms ---
+def plain(*layers: nn.Module | None) -> bool:
+    """Whether kernels may multiply with these layers' weights: what a plan puts in their place multiplies itself."""
+    return all(type(layer) is nn.Linear for layer in layers)
+
+
 class MLP(nn.Module):
-    """x [B, T, D] -> [B, T, D] through F hidden features, then dropout.
+    """x [B, T, D] -> residual + y [B, T, D], where y is x through F hidden features, then dropout.
 
     gelu: down(gelu(up x)), gelu by its tanh form, as GPT-2; swiglu: down(silu(gate x) * up x) (Shazeer, 2020).
     """
@@ -234,18 +240,44 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, width, bias=config.bias)
         self.dropout = rng.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        if self.gate is None:
-            hidden = F.gelu(self.up(x_BTD), approximate="tanh")
-        else:
-            hidden = F.silu(self.gate(x_BTD)) * self.up(x_BTD)
-        return self.dropout(self.down(hidden))
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor) -> Tensor:
+        hidden, down = self._hidden(x_BTD), self.down
+        if plain(down) and not self.dropout.drops:
+            return kernels.linear(hidden, down.weight, down.bias, residual=residual_BTD)
+        return residual_BTD + self.dropout(down(hidden))
+
+    def _hidden(self, x_BTD: Tensor) -> Tensor:
+        gate, up = self.gate, self.up
+        if gate is None:
+            if plain(up):
+                return kernels.linear(x_BTD, up.weight, up.bias, "gelu_tanh")
+            return kernels.activate(up(x_BTD), "gelu_tanh")
+        if plain(gate, up):
+            return kernels.glu(x_BTD, gate.weight, up.weight, gate.bias, up.bias, "silu")
+        return kernels.gated(gate(x_BTD), up(x_BTD), "silu")
 
 
-def make_norm(config: DecoderConfig) -> nn.Module:
-    if config.norm == "rms":
-        return nn.RMSNorm(config.width, eps=config.epsilon)
-    return nn.LayerNorm(config.width, eps=config.epsilon)
+class Norm(nn.Module):
+    """LayerNorm ("layer") or RMSNorm ("rms") of x [..., D], with learned `weight` and, of "layer", `bias` [D]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.kind, self.epsilon = config.norm, config.epsilon
+        self.weight = nn.Parameter(torch.ones(config.width))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(config.width)) if self.kind == "layer" else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.add_norm(x, None, self.weight, self.bias, eps=self.epsilon, kind=self.kind)[0]
+
+    def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + y, its norm): a sum is normed while it is at hand."""
+        normed, total = kernels.add_norm(y, x, self.weight, self.bias, eps=self.epsilon, kind=self.kind)
+        return total, normed
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {len(self.weight)}, epsilon={self.epsilon}"
 
 
 class Block(nn.Module):
@@ -254,11 +286,11 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, *, causal: bool = True, cross: bool = False) -> None:
         super().__init__()
         self.causal = causal
-        self.attention_norm = make_norm(config)
+        self.attention_norm = Norm(config)
         self.attention = Attention(config)
-        self.cross_norm = make_norm(config) if cross else None
+        self.cross_norm = Norm(config) if cross else None
         self.cross = CrossAttention(config) if cross else None
-        self.mlp_norm = make_norm(config)
+        self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
     def forward(
@@ -271,10 +303,13 @@ class Block(nn.Module):
         """key_mask: bool [B, S] of the memory's keys; of x's own where there is no memory."""
         own, of_memory = (None, None) if cache is None else (cache.own, cache.cross)
         mask = key_mask if memory_BSD is None else None
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), causal=self.causal, key_mask=mask, cache=own)
+        y_BTD = self.attention(self.attention_norm(x_BTD), causal=self.causal, key_mask=mask, cache=own)
         if self.cross is not None and self.cross_norm is not None:
-            x_BTD = x_BTD + self.cross(self.cross_norm(x_BTD), memory_BSD, key_mask=key_mask, cache=of_memory)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+            x_BTD, normed_BTD = self.cross_norm.add(x_BTD, y_BTD)
+            y_BTD = self.cross(normed_BTD, memory_BSD, key_mask=key_mask, cache=of_memory)
+        x_BTD, normed_BTD = self.mlp_norm.add(x_BTD, y_BTD)
+        mixed_BTD: Tensor = self.mlp(normed_BTD, x_BTD)
+        return mixed_BTD
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from paracomm.models.layers import (
     BlockCache,
     DecoderConfig,
     LearnedPositions,
+    Norm,
     expect_within,
     initialise,
-    make_norm,
 )
 from paracomm.models.plans import block_plan
 from paracomm.parallel import rng
@@ -73,9 +73,9 @@ class Seq2Seq(nn.Module):
         self.source_position = LearnedPositions(config.context, config.width) if learned else None
         self.target_position = LearnedPositions(config.context, config.width) if learned else None
         self.encoder = nn.ModuleList(Block(config, causal=False) for _ in range(config.encoder_blocks))
-        self.encoder_norm = make_norm(config)
+        self.encoder_norm = Norm(config)
         self.decoder = nn.ModuleList(Block(config, cross=True) for _ in range(config.depth))
-        self.norm = make_norm(config)
+        self.norm = Norm(config)
         table = self.token.weight if config.tied else nn.Parameter(torch.empty_like(self.token.weight))
         self.head = Head(cast("nn.Parameter", table))
         initialise(self, seed, residuals=3 * config.depth)

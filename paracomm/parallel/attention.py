@@ -12,11 +12,14 @@ Given out and lse over all keys, a block's share of the gradients needs that blo
 
 With dropout P is multiplied by keep / (1 - p) in out and dv, and dP by the same; lse, and so a block's weight, stays.
 Nothing of size T x S is kept from forward to backward (Dao et al., "FlashAttention", NeurIPS 2022, appendix B).
+
+A block is computed by paracomm.kernels where these run, by torch's fused attention for CPUs where that can, else by
+products of matrices. Positions lie on the CPU, whatever the device of q, k and v, so that a GPU is never waited for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,7 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from paracomm import kernels
 from paracomm.errors import Error, InvalidArgument
+from paracomm.kernels.attention import HEAD_SIZES
 from paracomm.parallel import rng
 
 # Of attention's place in a batch: positions take 20 bits each, rows times heads what is left of 63.
@@ -45,27 +50,32 @@ class HeadDropout(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """How queries look at keys, for every block of one attention. `place` is needed with dropout only."""
+    """How queries look at keys, for every block of one attention. `place` is needed with dropout only.
+
+    backend: of the kernels, in backward as in forward.
+    """
 
     causal: bool
     scale: float
     dropout: HeadDropout | None = None
     place: rng.Place | None = None
+    backend: kernels.Backend = field(default_factory=kernels.current)
 
 
-Sight = Literal["all", "none", "diagonal", "some"]
+Sight = Literal["all", "none", "diagonal", "end", "some"]
 
 
 def sight(rule: Rule, q_positions_T: Tensor, k_positions_S: Tensor) -> Sight:
-    """What queries see of a block of keys; "diagonal": query t sees keys 0..t."""
+    """What queries see of a block of keys; "diagonal": query t sees keys 0..t, "end": keys 0..t + S - T."""
     if not rule.causal:
         return "all"
     if not len(q_positions_T) or not len(k_positions_S) or k_positions_S.min() > q_positions_T.max():
         return "none"
     if k_positions_S.max() <= q_positions_T.min():
         return "all"
-    if torch.equal(q_positions_T, k_positions_S) and rising(q_positions_T):
-        return "diagonal"
+    T, S = len(q_positions_T), len(k_positions_S)
+    if T <= S and torch.equal(q_positions_T, k_positions_S[S - T :]) and rising(k_positions_S):
+        return "diagonal" if T == S else "end"
     return "some"
 
 
@@ -85,6 +95,10 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]:
     """(out_BHTK of q's dtype, lse_BHT, float32 for 16-bit q); a query that sees nothing has 0 and -inf."""
     seen = sight(rule, q_positions_T, k_positions_S)
+    with kernels.backend(rule.backend):
+        if _kernel_can(seen, q_BHTK):
+            options = _kernel_options(rule, seen, q_BHTK, q_positions_T, k_positions_S, key_mask_BS)
+            return kernels.attention_forward(q_BHTK, k_BGSK, v_BGSK, **options)
     if _flash_can(rule, seen, q_BHTK, key_mask_BS):
         R = q_BHTK.shape[1] // k_BGSK.shape[1]
         out, lse = _flash(
@@ -114,6 +128,10 @@ def block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's share (dq_BHTK, dk_BGSK, dv_BGSK), given out and lse over all blocks."""
     seen = sight(rule, q_positions_T, k_positions_S)
+    with kernels.backend(rule.backend):
+        if _kernel_can(seen, q_BHTK):
+            options = _kernel_options(rule, seen, q_BHTK, q_positions_T, k_positions_S, key_mask_BS)
+            return kernels.attention_backward(grad_BHTK, q_BHTK, k_BGSK, v_BGSK, out_BHTK, lse_BHT, **options)
     if _flash_can(rule, seen, q_BHTK, key_mask_BS):
         G = k_BGSK.shape[1]
         R = q_BHTK.shape[1] // G
@@ -146,6 +164,40 @@ def finite(lse_BHT: Tensor) -> Tensor:
     return lse_BHT.masked_fill(lse_BHT == -torch.inf, 0.0)
 
 
+def _kernel_can(seen: Sight, q: Tensor) -> bool:
+    """ "none" and "some" are left to products of matrices: they come of positions that no layout gives."""
+    return (
+        seen in ("all", "diagonal", "end")
+        and q.shape[-1] in range(HEAD_SIZES[0], HEAD_SIZES[1] + 1)
+        and kernels.runs(q)
+    )
+
+
+def _kernel_options(
+    rule: Rule, seen: Sight, q: Tensor, q_positions_T: Tensor, k_positions_S: Tensor, key_mask: Tensor | None
+) -> dict[str, Any]:
+    """As kernels.attention() takes them."""
+    options: dict[str, Any] = {"causal": seen in ("diagonal", "end"), "scale": rule.scale, "key_mask": key_mask}
+    if rule.dropout is not None:
+        rows_B, heads, place = _rows(rule, q), rule.dropout[2:], rule.place
+        assert place is not None
+        places = (q_positions_T, k_positions_S)
+        from_0 = all(torch.equal(positions, torch.arange(len(positions))) for positions in places)
+        options["dropout"] = kernels.Dropout(
+            place.seed, place.step, rule.dropout.stream, rule.dropout.p, rows_B, heads,
+            *(None if from_0 else positions.to(q.device) for positions in places),
+        )  # fmt: skip
+    return options
+
+
+def _rows(rule: Rule, q: Tensor) -> Tensor:
+    """Of the samples, int64 [B], on q's device."""
+    assert rule.place is not None
+    if len(rule.place.rows) != q.shape[0]:
+        raise InvalidArgument(f"attention: {q.shape[0]} sequences, but the Place has {len(rule.place.rows)} rows")
+    return rule.place.on(q.device)[0]
+
+
 def _flash_can(rule: Rule, seen: Sight, q: Tensor, key_mask: Tensor | None) -> bool:
     return rule.dropout is None and key_mask is None and seen in ("all", "diagonal") and q.device.type == "cpu"
 
@@ -168,8 +220,9 @@ def _scores(
     dtype = torch.promote_types(q_BHTK.dtype, torch.float32)
     scores = _grouped(q_BHTK, k_BGSK).to(dtype) @ k_BGSK.to(dtype).mT
     scores_BHTS = scores.mul_(rule.scale).view(*q_BHTK.shape[:3], k_BGSK.shape[2])
-    if seen in ("diagonal", "some"):
-        scores_BHTS.masked_fill_(k_positions_S > q_positions_T[:, None], -torch.inf)
+    if seen in ("diagonal", "end", "some"):
+        hidden_TS = k_positions_S > q_positions_T[:, None]
+        scores_BHTS.masked_fill_(hidden_TS.to(scores.device), -torch.inf)
     elif seen == "none":
         scores_BHTS.fill_(-torch.inf)
     if key_mask_BS is not None:
@@ -181,13 +234,11 @@ def _keep(rule: Rule, like_BHTS: Tensor, q_positions_T: Tensor, k_positions_S: T
     """keep / (1 - p), of `like`'s shape and dtype: what dropout multiplies with, a function of the global element."""
     assert rule.dropout is not None and rule.place is not None
     stream, p, head_offset, heads_total = rule.dropout
-    B, H = like_BHTS.shape[:2]
-    if len(rule.place.rows) != B:
-        raise InvalidArgument(f"attention: {B} sequences, but the Place has {len(rule.place.rows)} rows")
-    heads_H = torch.arange(head_offset, head_offset + H)
-    lines_BH = rule.place.rows[:, None] * heads_total + heads_H
-    base_BHT = (lines_BH[:, :, None] << 2 * POSITION_BITS) + (q_positions_T << POSITION_BITS)
-    keep_BHTS = rng.keep_mask(stream, base_BHT, k_positions_S, p, rule.place)
+    device = like_BHTS.device
+    heads_H = torch.arange(head_offset, head_offset + like_BHTS.shape[1], device=device)
+    lines_BH = _rows(rule, like_BHTS)[:, None] * heads_total + heads_H
+    base_BHT = (lines_BH[:, :, None] << 2 * POSITION_BITS) + (q_positions_T.to(device) << POSITION_BITS)
+    keep_BHTS = rng.keep_mask(stream, base_BHT, k_positions_S.to(device), p, rule.place)
     return keep_BHTS.to(like_BHTS.dtype).mul_(1 / (1 - p))
 
 
@@ -227,7 +278,7 @@ def attention(
     """(out_BHTK of q's dtype, lse_BHT without a gradient).
 
     Args:
-        q_positions, k_positions: int64 [T] and [S]; with `causal` a query sees keys up to its own position.
+        q_positions, k_positions: int64 [T] and [S], on the CPU; with `causal` a query sees keys up to its own position.
         scale: None: 1 / sqrt(K).
         dropout: of the weights; masks follow from the current Place, which `rng.at(place)` sets.
         key_mask: bool [B, S], False for a key that nobody sees. A query that sees none has an out of 0.
@@ -288,7 +339,7 @@ class Attention(nn.Module):
         q_positions = rng.positions(T)
         k_positions = q_positions if S == T else torch.arange(S)
         dropout, alike = self.head_dropout(q_BHTK.shape[1]), q_BHTK.shape[1] == k_BGSK.shape[1]
-        plain = dropout is None and key_mask is None and alike and T > 0 and S > 0
+        plain = dropout is None and key_mask is None and alike and T > 0 and S > 0 and not kernels.runs(q_BHTK)
         if plain and (not causal or (S == T and rising(q_positions))):
             # The same kernel without a Function of ours around it: 0.1 to 0.2 ms less a layer, forward and backward.
             return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=causal)

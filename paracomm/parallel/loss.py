@@ -6,7 +6,8 @@ Cross-entropy over ranks (Shoeybi et al., "Megatron-LM", 2019, section 3), for e
     s = sum exp(l - m)  all_reduce, together with the target's l - m, which its owner has and the others take as 0
     loss = log s - (l_target - m);     dloss/dl = exp(l - m) / s - [target]
 
-so that 3 numbers a row are sent, whatever the vocabulary. The sum over rows is the same on every rank.
+so that 3 numbers a row are sent, whatever the vocabulary. The sum over rows is the same on every rank. Where kernels
+run, logits are never held: a rank gives log sum exp(l) of its own, which takes the place of max l above.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from paracomm import kernels
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
 
@@ -42,12 +44,11 @@ class Head(nn.Module):
         """(sum of the cross-entropies, count), in nats, over the targets [...] (int64) that are not -100.
 
         The sum is float32 or wider, the count int64; both are scalars. Divide by the count over all ranks of dp and cp.
+        Logits of a large vocabulary are not held, see kernels.linear_cross_entropy.
         """
-        logits = self(x).flatten(0, -2)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = targets.reshape(-1)
-        total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        return total, (targets != IGNORED).sum()
+        return kernels.linear_cross_entropy(
+            x.flatten(0, -2), self.weight, self.bias, targets.reshape(-1), ignore=IGNORED
+        )
 
 
 def vocabulary_loss(logits: Tensor, targets: Tensor, group: Communicator, first: int) -> tuple[Tensor, Tensor]:
@@ -87,3 +88,26 @@ class _VocabularyLoss(torch.autograd.Function):
         dlogits = e * (grad * counted / s).unsqueeze(1)
         dlogits.scatter_add_(1, local.unsqueeze(1), -(grad * own).unsqueeze(1))
         return dlogits.to(ctx.dtype), None, None, None
+
+
+def merged_loss(lse_N: Tensor, logit_N: Tensor, targets_N: Tensor, group: Communicator) -> tuple[Tensor, Tensor]:
+    """(sum, count) as of vocabulary_loss(), of what kernels.partial_cross_entropy gives on each rank."""
+    counted = targets_N != IGNORED
+    return _MergedLoss.apply(lse_N, logit_N, counted, group), counted.sum()
+
+
+class _MergedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, lse: Tensor, logit: Tensor, counted: Tensor, group: Communicator) -> Tensor:
+        most = group.all_reduce(lse.clone(), "max")
+        sums = torch.stack([(lse - most).exp(), logit])
+        own = sums[0].clone()
+        group.all_reduce(sums)
+        ctx.save_for_backward(own / sums[0], counted)
+        return (most + sums[0].log() - sums[1]).masked_fill(~counted, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        share, counted = ctx.saved_tensors
+        return grad * counted * share, -grad * counted, None, None

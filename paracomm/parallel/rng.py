@@ -16,12 +16,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paracomm import kernels
 from paracomm.comm import random
 from paracomm.errors import Error, InvalidArgument
 
@@ -40,6 +41,8 @@ class Place:
     rows: int64 [B], the samples' numbers in the GLOBAL batch of the step, accumulation included.
     positions: int64 [T], where in the whole sequences this rank's part lies.
     source_positions: the same for an encoder's sequences; None: as `positions`.
+
+    The tensors lie on the CPU, where looking at them waits for no GPU; `on()` gives them elsewhere.
     """
 
     seed: int
@@ -47,14 +50,29 @@ class Place:
     rows: Tensor
     positions: Tensor
     source_positions: Tensor | None = None
+    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.step < INITIAL_STEP:
             raise InvalidArgument(f"Place: step is {self.step}, expected 0 <= step < 2^32 - 1")
         for name in ("rows", "positions", "source_positions"):
             found = getattr(self, name)
-            if found is not None and (found.dtype != torch.int64 or found.dim() != 1):
+            if found is None:
+                continue
+            if found.dtype != torch.int64 or found.dim() != 1:
                 raise InvalidArgument(f"Place: {name} is {found.dtype} {tuple(found.shape)}, expected int64 [n]")
+            if found.device.type != "cpu":
+                raise InvalidArgument(f"Place: {name} is on {found.device}, expected the CPU")
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(rows, positions) on `device`, sent there once."""
+        if device.type == "cpu":
+            return self.rows, self.positions
+        if device not in self._copies:
+            self._copies[device] = self.rows.to(device), self.positions.to(device)
+        return self._copies[device]
 
 
 _place: ContextVar[Place | None] = ContextVar("place", default=None)
@@ -92,12 +110,13 @@ def positions(length: int, device: torch.device | None = None, part: tuple[int, 
     place, (index, parts) = _place.get(), part
     if place is None:
         return torch.arange(index * length, (index + 1) * length, device=device)
-    found = place.positions if parts == 1 else place.positions.tensor_split(parts)[index]
+    whole = place.positions if device is None else place.on(torch.device(device))[1]
+    found = whole if parts == 1 else whole.tensor_split(parts)[index]
     if len(found) != length:
         raise InvalidArgument(
             f"rng: a sequence of {length}, but part {index} of {parts} of Place.positions has {len(found)}"
         )
-    return found.to(device)
+    return found
 
 
 def threshold(p: float) -> int:
@@ -111,15 +130,16 @@ def keep_mask(stream: int, base: Tensor, offsets: Tensor, p: float, place: Place
     """bool [..., J]: which of the elements base[..., None] + offsets stay, each with probability 1 - p.
 
     A function of the place's seed and step, the stream and the element's number only; place None: current().
-    base: int64 [...]; offsets: int64 [J], fastest in runs that count up by one. Numbers are taken modulo 2^64.
+    base: int64 [...]; offsets: int64 [J], fastest in runs that count up by one, on one device, where the mask is drawn.
+    Numbers are taken modulo 2^64.
     """
-    place = place or current()
+    place, words = place or current(), threshold(p)
+    if base.device.type != "cpu" or kernels.current() == "triton":
+        return kernels.keep_mask(place.seed, stream, place.step, base, offsets, p)
     mask = torch.empty(*base.shape, len(offsets), dtype=torch.bool)
     if mask.numel():
-        random.keep_mask(
-            place.seed, stream, place.step, base.cpu().contiguous(), offsets.cpu().contiguous(), threshold(p), mask
-        )
-    return mask.to(base.device)
+        random.keep_mask(place.seed, stream, place.step, base.contiguous(), offsets.contiguous(), words, mask)
+    return mask
 
 
 class Dropout(nn.Module):
@@ -141,9 +161,13 @@ class Dropout(nn.Module):
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
+    @property
+    def drops(self) -> bool:
+        return self.training and self.p > 0
+
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Raises Error without a Place or a stream, InvalidArgument if x is not of the place's rows and positions."""
-        if not self.training or self.p == 0:
+        if not self.drops:
             return x_BTD
         kept: Tensor = _Masked.apply(x_BTD, _Mask(self, x_BTD))
         return kept
@@ -164,9 +188,10 @@ class _Mask:
         self.offset, self.total = layer.feature_part or (0, D)
 
     def draw(self) -> Tensor:
-        rows_B1 = self.place.rows.to(self.positions_T.device)[:, None]
+        device = self.positions_T.device
+        rows_B1 = self.place.on(device)[0][:, None]
         base_BT = (rows_B1 * POSITIONS + self.positions_T) * self.total + self.offset
-        return keep_mask(self.stream, base_BT, torch.arange(self.features), self.p, self.place)
+        return keep_mask(self.stream, base_BT, torch.arange(self.features, device=device), self.p, self.place)
 
 
 class _Masked(torch.autograd.Function):

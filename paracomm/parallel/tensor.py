@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from paracomm import kernels
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
-from paracomm.parallel.loss import IGNORED, vocabulary_loss
+from paracomm.parallel.loss import IGNORED, merged_loss, vocabulary_loss
 from paracomm.parallel.sequence import Reduction, gather_and_multiply
 
 
@@ -275,9 +276,12 @@ class VocabularyHead(nn.Module):
         Raises InvalidArgument for a target beyond the vocabulary.
         """
         expect_within(targets[targets != IGNORED], sum(self.sizes), "a target")
-        logits = rows_of(self._local(x), self.region.sequence)
-        targets = targets.transpose(0, 1) if self.region.sequence else targets
-        return vocabulary_loss(logits, targets.reshape(-1), self.region.group, self.first)
+        group, sequence = self.region.group, self.region.sequence
+        targets = (targets.transpose(0, 1) if sequence else targets).reshape(-1)
+        if kernels.runs(x) and not sequence:  # sharded rows are gathered while they are multiplied
+            own = (copy_to(x, self.region).flatten(0, -2), self.weight, self.bias)
+            return merged_loss(*kernels.partial_cross_entropy(*own, targets - self.first), targets, group)
+        return vocabulary_loss(rows_of(self._local(x), sequence), targets, group, self.first)
 
     def extra_repr(self) -> str:
         return f"rows {self.first}..{self.first + len(self.weight) - 1}, {self.region.size} ranks"
