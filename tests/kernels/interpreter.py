@@ -1,17 +1,20 @@
 """Triton's interpreter made honest, so that what passes here means something on a GPU.
 
-The stock one runs a kernel's programs one after the other on NumPy. `install()` mends and adds, for the versions in KNOWN:
+The stock one runs a kernel's programs one after the other on NumPy. `install()` mends and adds, for KNOWN versions:
 
-    bfloat16      it computes on the bit patterns, and truncates; here as torch: float32 inside, rounded to nearest even
-    dot           "tf32", "tf32x3", "bf16x3" and "bf16x6" split and round their operands as the compiler's code does; sizes
-                  that hardware has no dot for are refused
+    bfloat16      it computes on the bit patterns, and truncates; here as torch: float32 inside, rounded to nearest
+                  even; atomics are refused
+    dot           "tf32", "tf32x3", "bf16x3" and "bf16x6" split and round their operands as the compiler's code does;
+                  sizes that hardware has no dot for are refused
     masked loads  without `other` what is masked off is anything on a GPU: here NaN, or the largest integer
-    bounds        an address outside of the tensors that the kernel was given raises IndexError
-    races         an address that one program writes and another reads or writes raises RaceError (atomics among themselves
-                  may meet); programs of a launch are taken to run at the same time, in any order
+    bounds        an address outside of the tensors that the kernel was given raises IndexError; beyond a descriptor's
+                  shape zeros are read and nothing is written, as by hardware
+    races         an address that one program writes and another reads or writes raises RaceError (atomics among
+                  themselves may meet); programs of a launch are taken to run at the same time, in any order
     speed         a call of a device function patches the language again each time; here once a launch
 
-Left: fp8 casts are wrong; weak memory order, and what threads of one program do to each other, are not modelled.
+Left: fp8 casts are wrong; weak memory order, and what threads of one program do to each other, are not modelled; races
+are looked for by an element's first byte, so that programs must not mix widths on one tensor.
 """
 
 from __future__ import annotations
@@ -166,6 +169,8 @@ class _Builder:
     @staticmethod
     def create_atomic_rmw(fall_back: Any, self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
         watch.note(ptr, mask, write=True, atomic=True)
+        if is_bfloat16(val):
+            raise NotImplementedError("atomics on bfloat16")
         return fall_back(self, op, ptr, val, mask, *rest)
 
     @staticmethod
@@ -186,18 +191,26 @@ def poison(dtype: Any) -> Any:
     return np.nan if dtype.is_floating() else np.iinfo(stock._get_np_dtype(dtype)).max if dtype != tl.int1 else True
 
 
-def _reduce(fall_back: Any) -> Any:
-    def apply_impl(self: Any, tensors: Any) -> Any:
-        if len(tensors) != 1 or tensors[0].dtype.scalar != tl.bfloat16:
-            return fall_back(self, tensors)
-        (tensor,) = tensors
-        wide = tl.core.tensor(
+def _in_float32(fall_back: Any) -> Any:
+    """Reductions and scans of bfloat16 combine in float32 and round once."""
+
+    def wide(tensor: Any) -> Any:
+        if tensor.dtype.scalar != tl.bfloat16:
+            return tensor
+        return tl.core.tensor(
             Handle(widened(tensor.handle.data), tl.float32), tl.block_type(tl.float32, list(tensor.shape))
         )
-        found = fall_back(self, (wide,))
-        found = found[0] if isinstance(found, (list, tuple)) else found
+
+    def narrow(found: Any, tensor: Any) -> Any:
+        if tensor.dtype.scalar != tl.bfloat16 or found.dtype.scalar != tl.float32:
+            return found
         kind = tl.block_type(tl.bfloat16, list(found.shape)) if found.shape else tl.bfloat16
         return tl.core.tensor(as_bfloat16(found.handle.data), kind)
+
+    def apply_impl(self: Any, tensors: Any) -> Any:
+        found = fall_back(self, tuple(map(wide, tensors)))
+        found = found if isinstance(found, (list, tuple)) else (found,)
+        return tuple(narrow(*pair) for pair in zip(found, tensors, strict=False))
 
     return apply_impl
 
@@ -325,11 +338,12 @@ def _device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def install() -> None:
-    """Mends the interpreter of this process, once. Raises RuntimeError for a version of Triton that nobody looked at."""
+    """Mends the interpreter of this process, once. Raises RuntimeError for a Triton that nobody looked at."""
     if triton.__version__ not in KNOWN:
         raise RuntimeError(
             f"tests/kernels/interpreter.py knows the interpreter of Triton {', '.join(KNOWN)}; this is "
-            f"{triton.__version__}: compare triton/runtime/interpreter.py, run tests/kernels/test_interpreter.py, add it"
+            f"{triton.__version__}: compare triton/runtime/interpreter.py, run tests/kernels/test_interpreter.py, add "
+            "it"
         )
     builder = stock.InterpreterBuilder
     if getattr(builder, "_honest", False):
@@ -339,11 +353,10 @@ def install() -> None:
         if isinstance(replacement, staticmethod):
             setattr(builder, name, _bound(replacement.__func__, getattr(builder, name)))
     allowed = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")  # as the compiler for NVIDIA
-    stock.interpreter_builder.options = replace(
-        stock.interpreter_builder.options, allowed_dot_input_precisions=allowed
-    )
+    stock.interpreter_builder.options = replace(stock.interpreter_builder.options, allowed_dot_input_precisions=allowed)
     stock.interpreter_builder.codegen_fns["min_dot_size"] = min_dot_size(GPUTarget("cuda", 80, 32))
-    stock.ReduceOps.apply_impl = _reduce(stock.ReduceOps.apply_impl)
+    for each in (stock.ReduceOps, stock.ScanOps):
+        each.apply_impl = _in_float32(each.apply_impl)
     executor = stock.GridExecutor
     executor.__call__, executor._init_args_hst = _watched(executor.__call__, executor._init_args_hst)
     stock._patch_lang = _patch_language

@@ -1,4 +1,4 @@
-"""The law of twice: a kernel errs at most twice as much as the plain eager version in the same dtype, both against float64.
+"""The law of twice: a kernel errs at most twice as much as the eager version of the same dtype, both against float64.
 
 (The rule of flash-attention's tests.) Both get the same inputs, rounded to the dtype; so do the gradients that come in.
 """
@@ -22,13 +22,13 @@ from paracomm.kernels import config, select
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 ULPS, LEAST = 2, 1.0
-"""Ulp of the largest value, or of LEAST where that is larger (inputs are about 1): an eager result that happens to be exact,
-as a gradient that is 0, is no reason to fail."""
+"""Ulp of the largest value, or of LEAST where that is larger (inputs are about 1): an eager result that happens to be
+exact, as a gradient that is 0, is no reason to fail."""
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Largest and root of mean squared error against float64, of ours and of the eager version; `ulp` of the largest."""
+    """Largest and root of mean squared error against float64, of ours and the eager version; `ulp` of the largest."""
 
     name: str
     ours: tuple[float, float]
@@ -38,12 +38,12 @@ class Errors:
     def broken(self) -> str | None:
         for kind, ours, eager in zip(("largest", "rms"), self.ours, self.eager, strict=True):
             if not ours <= 2 * eager + ULPS * self.ulp:
-                return f"{self.name}: {kind} error {ours:.3g}, the eager version's is {eager:.3g}, an ulp {self.ulp:.1g}"
+                return f"{self.name}: {kind} error {ours:.3g}, the eager one's is {eager:.3g}, an ulp {self.ulp:.1g}"
         return None
 
 
 def errors(ours: Function, eager: Function, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Errors]:
-    """Of every output and of the gradient of every floating-point input, which are float64 and are rounded to `dtype`."""
+    """Of every output and of the gradient of every floating-point input; inputs are float64, rounded to `dtype`."""
     rounded = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
     grads: list[Tensor] = []
     results = []
@@ -62,10 +62,7 @@ def errors(ours: Function, eager: Function, inputs: Sequence[Tensor], dtype: tor
     names = [f"output {i}" for i in range(len(grads))] + [
         f"gradient of input {i}" for i, x in enumerate(rounded) if x.is_floating_point()
     ]
-    return [
-        _compare(name, exact, theirs, own)
-        for name, exact, theirs, own in zip(names, *results, strict=False)
-    ]
+    return [_compare(name, exact, theirs, own) for name, exact, theirs, own in zip(names, *results, strict=False)]
 
 
 def _compare(name: str, exact: Tensor, eager: Tensor, ours: Tensor) -> Errors:
