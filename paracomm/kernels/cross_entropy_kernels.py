@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paracomm.kernels.activation import tanh
-from paracomm.kernels.attention_forward import LOG2E
+from paracomm.kernels.attention_forward_kernels import LOG2E
 from paracomm.kernels.attention_launch import dtype_name, last_contiguous, precision
 from paracomm.kernels.config import config
 from paracomm.kernels.select import arch
@@ -73,9 +73,10 @@ def logits_tile(
 @triton.jit
 def cross_entropy_forward_kernel(
     X, W, BIAS, TARGETS, TOP, TOTAL, LOGIT, x_n, w_v, N, V, D, part, cap, to_cap, EVEN: tl.constexpr,
-    CAPPED: tl.constexpr,    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """TOP, TOTAL, LOGIT [parts, N] of tokens part * p to part * (p + 1), multiples of BN. LOGIT without the target: 0."""
+    """TOP, TOTAL, LOGIT [parts, N] of tokens p part to (p + 1) part, multiples of BN. LOGIT is 0 without the target."""
     m, p = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP)
     row = m * BM + tl.arange(0, BM)
     target = tl.load(TARGETS + row, mask=row < N, other=-1)
@@ -101,8 +102,8 @@ def cross_entropy_forward_kernel(
 @triton.jit
 def cross_entropy_backward_kernel(
     X, W, BIAS, TARGETS, LSE, REST, DLSE, DLOGIT, DLOGITS, x_n, w_v, d_n, first, N, V, D, cap, to_cap,
-    EVEN: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
+    EVEN: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """DLOGITS [N, V] for the V tokens from `first` on, where W and BIAS begin."""
     m, n = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), GROUP)
