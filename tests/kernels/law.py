@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ def interpreted(function: Function, **configs: dict[str, int]) -> Function:
 
 
 _numbers = itertools.count()
+_folder = tempfile.TemporaryDirectory(prefix="mutants")
 
 
 def mutate(module: ModuleType, old: str, new: str) -> ModuleType:
@@ -103,8 +105,10 @@ def mutate(module: ModuleType, old: str, new: str) -> ModuleType:
     path = Path(str(module.__file__))
     source = path.read_text()
     assert old in source, f"{path.name} has no {old!r} to change"
+    assert old != new, f"{old!r} is changed to itself"
     name = f"{module.__name__}_mutant{next(_numbers)}"
-    changed = Path(tempfile_of(name))
+    # A file, which stays: Triton reads a kernel's source when it is called.
+    changed = Path(_folder.name) / f"{name.rsplit('.', 1)[-1]}.py"
     changed.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(name, changed)
     assert spec is not None and spec.loader is not None
@@ -112,9 +116,3 @@ def mutate(module: ModuleType, old: str, new: str) -> ModuleType:
     sys.modules[name] = mutant
     spec.loader.exec_module(mutant)
     return mutant
-
-
-def tempfile_of(name: str) -> str:
-    import tempfile
-
-    return str(Path(tempfile.mkdtemp(prefix="mutant")) / f"{name.rsplit('.', 1)[-1]}.py")
