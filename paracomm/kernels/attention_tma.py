@@ -8,8 +8,8 @@ Triton 3.7.1 makes this of a loop marked `warp_specialize` (its NVGPUWarpSpecial
 
     has num_warps 4 (that is one group; the pass adds two) and at least two stages;
     has one loop with products: with two the pass fails. So full tiles are not peeled from masked ones as in
-        attention_forward.py; the mask is one comparison and one selection an element instead, and is left out where all
-        tiles are full (EDGE);
+        attention_forward_kernels.py; the mask is one comparison and one selection an element instead, and is left out
+        where all tiles are full (EDGE);
     has no branch with an else;
     loads what the groups divide, the queries, through a descriptor made in the kernel: one that comes in as an argument
         cannot be divided. Keys and values, which both groups read, have descriptors of the host, which cost a program
@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from paracomm.kernels.attention_forward import LN2
+from paracomm.kernels.attention_forward_kernels import LN2
 from paracomm.kernels.config import config
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def attention_forward_tma_kernel(
     R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
-    """As attention_forward.py's. KEYS, VALUES: descriptors of [B, G, S, K] in tiles [1, 1, BN, D]."""
+    """As attention_forward_kernels.py's. KEYS, VALUES: descriptors of [B, G, S, K] in tiles [1, 1, BN, D]."""
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # those with the most keys begin

@@ -1,5 +1,5 @@
-"""The sm_90 kernel under the law of twice, interpreted: what it computes. That its warps are specialised, and rightly, is
-seen in what it compiles to: tests/kernels/test_specialised.py."""
+"""The sm_90 kernel under the law of twice, interpreted: what it computes. That its warps are specialised, and rightly,
+is seen in what it compiles to: tests/kernels/test_specialised.py."""
 
 from __future__ import annotations
 

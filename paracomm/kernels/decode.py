@@ -1,0 +1,108 @@
+"""Attention of a few new tokens over a cache of keys and values, for generation. Not differentiable.
+
+Shapes: B sequences, H query heads, G key-value heads (H = G R: query head h looks at h // R), T new tokens, S places
+in the cache, K head size. A sequence's keys are divided over programs, see decode_kernels.py; the same bits each time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from paracomm.errors import InvalidArgument
+from paracomm.kernels import reference_decode, select
+from paracomm.kernels.attention import HEAD_SIZES
+
+NO_WINDOW = -1
+NO_CAP = 0.0
+
+
+def decode(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    lengths: Tensor | int | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(out_BHTK of q's dtype, lse_BHT float32, natural): softmax(scale q k^T) v over the places of the cache in use.
+
+    Args:
+        k_BGSK, v_BGSK: the cache, which holds the new tokens already; any strides whose last is 1.
+        lengths: how many places are in use, the T new ones among them: int32 [B], or one number for all; None: S. A
+            number is known here and is cheaper; of a tensor, which is not looked at here, what is above S counts as S.
+            Places that are not in use hold any finite numbers.
+        scale: more than 0; None: 1 / sqrt(K).
+        window, softcap: as attention()'s. Token t looks at places up to length - T + t.
+        need_lse: without it lse is empty, which on a CPU is faster.
+
+    A token that sees no place has an out of 0 and an lse of -inf. Raises InvalidArgument for what does not fit.
+    """
+    _check(q_BHTK, k_BGSK, v_BGSK, lengths)
+    scale = 1 / math.sqrt(q_BHTK.shape[-1]) if scale is None else scale
+    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
+        if value is not None and not value > 0:
+            raise InvalidArgument(f"decode: {name} is {value}, expected more than 0")
+    if isinstance(lengths, int):
+        k_BGSK, v_BGSK, lengths = k_BGSK[:, :, :lengths], v_BGSK[:, :, :lengths], None
+    if select.runs(q_BHTK):
+        out, lse = _decode_op(
+            q_BHTK, k_BGSK, v_BGSK, lengths, scale, NO_WINDOW if window is None else window,
+            NO_CAP if softcap is None else softcap,
+        )  # fmt: skip
+    else:
+        out, lse = reference_decode.decode(
+            q_BHTK, k_BGSK, v_BGSK, lengths, scale=scale, window=window, softcap=softcap, need_lse=need_lse
+        )
+    return out, lse if need_lse else lse.new_empty(0)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | int | None) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise InvalidArgument(
+            f"decode: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, expected q [B, H, T, K] and k, v "
+            "[B, G, S, K]"
+        )
+    if not HEAD_SIZES[0] <= q.shape[3] <= HEAD_SIZES[1]:
+        raise InvalidArgument(f"decode: head size {q.shape[3]}, expected {HEAD_SIZES[0]} to {HEAD_SIZES[1]}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise InvalidArgument(f"decode: {q.shape[1]} heads are not a multiple of {k.shape[1]} key-value heads")
+    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise InvalidArgument(f"decode: q, k, v are {kinds}, expected one dtype and device")
+    if isinstance(lengths, int) and not 0 <= lengths <= k.shape[2]:
+        raise InvalidArgument(f"decode: length {lengths}, expected 0 to {k.shape[2]}, the places of the cache")
+    if isinstance(lengths, Tensor) and (
+        lengths.dtype != torch.int32 or lengths.shape != q.shape[:1] or lengths.device != q.device
+    ):
+        raise InvalidArgument(
+            f"decode: lengths {lengths.dtype} {list(lengths.shape)} on {lengths.device}, expected int32 "
+            f"[{q.shape[0]}] on {q.device}"
+        )
+
+
+@torch.library.custom_op("paracomm::decode", mutates_args=())
+def _decode_op(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    if select.runs(q):
+        from paracomm.kernels.decode_launch import launch_decode
+
+        return launch_decode(q, k, v, lengths, scale, window, softcap)
+    out, lse = reference_decode.decode(
+        q, k, v, lengths, scale=scale, window=None if window == NO_WINDOW else window,
+        softcap=None if softcap == NO_CAP else softcap, need_lse=True,
+    )  # fmt: skip
+    return out.contiguous(), lse.to(torch.float32)
+
+
+@_decode_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)

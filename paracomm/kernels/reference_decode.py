@@ -1,0 +1,43 @@
+"""decode()'s eager twin, see decode.py. No key or value is copied for the query heads that share it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paracomm.kernels import reference
+
+
+@torch.no_grad()
+def decode(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, lengths: Tensor | None, *, scale: float, window: int | None,
+    softcap: float | None, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out_BHTK, lse_BHT, which is empty unless it is needed); `lengths` None: all S keys are filled."""
+    (B, H, T, K), (G, S) = q_BHTK.shape, k_BGSK.shape[1:3]
+    if window is not None and lengths is None and window + T - 1 < S:  # what no query looks at
+        first = S - (window + T - 1)
+        k_BGSK, v_BGSK, S = k_BGSK[:, :, first:], v_BGSK[:, :, first:], window + T - 1
+    last_BT = torch.arange(T, device=q_BHTK.device) - T + (S if lengths is None else lengths.long()[:, None])
+    last_BT = last_BT.expand(B, T)
+    see = None
+    if lengths is not None or T > 1 or window is not None:
+        keys = torch.arange(S, device=q_BHTK.device)
+        see_BTS = keys <= last_BT[..., None]
+        if window is not None:
+            see_BTS &= keys > last_BT[..., None] - window
+        see = see_BTS.repeat(1, H // G, 1)[:, None]
+    rows = q_BHTK.reshape(B, G, H // G * T, K)
+    blind = (last_BT < 0).repeat(1, H // G)[:, None, :, None]
+    if not need_lse and softcap is None and S:
+        out = F.scaled_dot_product_attention(rows, k_BGSK, v_BGSK, see, scale=scale)
+        return out.masked_fill(blind, 0.0).view(q_BHTK.shape), q_BHTK.new_empty(0, dtype=torch.float32)
+    wide = torch.promote_types(q_BHTK.dtype, torch.float32)
+    scores = reference.attention_scores(rows.to(wide), k_BGSK.to(wide), scale, softcap, None, None)
+    if see is not None:
+        scores = scores.masked_fill(~see, -torch.inf)
+    lse = scores.logsumexp(-1)
+    p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    out = (p @ v_BGSK.to(wide)).to(q_BHTK.dtype)
+    return out.view(q_BHTK.shape), lse.view(B, H, T)
