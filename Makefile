@@ -24,7 +24,7 @@ native_sources := CMakeLists.txt setup.py pyproject.toml paracomm/version.py \
 cpp_files = $(shell find src csrc tests/cpp bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 python_files := paracomm tests bench examples setup.py
 
-.PHONY: help build train test test-cpp test-python slow bench wheel sanitize lint format clean
+.PHONY: help build train test test-cpp test-python test-kernels slow bench wheel sanitize lint format clean
 help:
 	@echo 'make train | test | bench | wheel | sanitize | lint | format | build | slow | clean   (RANKS, TRAIN_ARGS, ...)'
 
@@ -53,7 +53,7 @@ build: $(VENV)/.built
 train: $(VENV)/.built
 	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m paracomm train $(TRAIN_ARGS)
 
-test: test-cpp test-python
+test: test-cpp test-python test-kernels
 
 test-cpp: $(VENV)/.dev
 	cmake -S . -B build/cpp $(CPP_BUILD) -DPARACOMM_WERROR=ON
@@ -63,8 +63,15 @@ test-cpp: $(VENV)/.dev
 test-python: $(VENV)/.dev $(VENV)/.built
 	$(PY) -m pytest -q $(TEST_ARGS)
 
+# Triton's kernels on its interpreter, which has to be chosen before they are imported: a process of its own.
+INTERPRETED := tests/kernels/interpreted
+
+test-kernels: $(VENV)/.dev $(VENV)/.built
+	TRITON_INTERPRET=1 $(PY) -m pytest -q $(INTERPRETED)
+
 slow: $(VENV)/.dev $(VENV)/.built
 	$(PY) -m pytest -q -m slow --durations=12 $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -m slow --durations=5 $(INTERPRETED)
 
 bench: $(VENV)/.built
 	$(PY) -m paracomm bench all_reduce --ranks $(RANKS) --sizes 8:64M --memory private,arena \

@@ -14,9 +14,12 @@ COMMANDS = {
     "train": "Train a GPT in any layout of ranks.",
     "verify": "Prove the schedules of all algorithms, and measure the proof with mutants.",
     "simulate": "Cost algorithms on a described topology.",
-    "tune": "Choose algorithms by simulation and measurement.",
+    "tune": "Choose algorithms by simulation and measurement; `tune kernels`: Triton's configurations, with no GPU.",
     "doctor": "Show what was built and what this machine offers.",
 }
+
+NESTED = {("bench", "ddp"): "paracomm.cli.ddp.command", ("tune", "kernels"): "paracomm.cli.kernels"}
+"""Commands of two words: the module that has the second one's function."""
 
 
 def build_app(arguments: Sequence[str]) -> typer.Typer:
@@ -32,13 +35,13 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         """Collective communication as data: prove it, simulate it, tune it, run it."""
 
     asked = next((a for a in arguments if not a.startswith("-")), None)
-    if list(arguments[:2]) == ["bench", "ddp"]:
-        from paracomm.cli.ddp.command import ddp
-
-        benches = typer.Typer(no_args_is_help=True, help=COMMANDS["bench"])
-        benches.callback()(lambda: None)
-        benches.command("ddp")(ddp)
-        app.add_typer(benches, name="bench")
+    name, *rest = [*arguments[:2], ""]
+    if (name, rest[0]) in NESTED:
+        module = importlib.import_module(NESTED[name, rest[0]])
+        group_app = typer.Typer(no_args_is_help=True, help=COMMANDS[name])
+        group_app.callback()(lambda: None)
+        group_app.command(rest[0])(getattr(module, rest[0]))
+        app.add_typer(group_app, name=name)
         return app
     for name, summary in COMMANDS.items():
         if importlib.util.find_spec(f"paracomm.cli.{name}") is None:
