@@ -42,6 +42,44 @@ def linear_cross_entropy(
     return _Chunked.apply(x, weight, bias, targets, counted, softcap, rows), counted.sum()
 
 
+class _Gradients:
+    """dx in the dtype, sums of dweight and dbias over chunks in float32 or wider."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> None:
+        self.x, self.weight = x, weight
+        self.dx, self.dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
+        self.dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+
+    def add(self, chunk: slice, dlogits: Tensor) -> None:
+        if self.dbias is not None:
+            self.dbias += dlogits.sum(0)
+        dlogits, own = dlogits.to(self.x.dtype), self.x[chunk]
+        torch.mm(dlogits, self.weight, out=self.dx[chunk])
+        if self.dweight.dtype == own.dtype:
+            self.dweight.addmm_(dlogits.mT, own)
+        else:
+            self.dweight += dlogits.mT @ own
+
+    def rounded(self) -> tuple[Tensor | None, ...]:
+        dtype = self.x.dtype
+        return self.dx, self.dweight.to(dtype), None if self.dbias is None else self.dbias.to(dtype)
+
+
+def _chunk_loss(
+    logits: Tensor, targets: Tensor, keep: Tensor, softcap: float | None, gradients: _Gradients | None, chunk: slice
+) -> Tensor:
+    """Overwrites the logits."""
+    at = targets.masked_fill(~keep, 0).unsqueeze(1)
+    bend = None if softcap is None or gradients is None else 1 - (logits / softcap).square()
+    most = logits.amax(1, keepdim=True)
+    logit = logits.gather(1, at)
+    s = logits.sub_(most).exp_().sum(1, keepdim=True)
+    if gradients is not None:
+        dlogits = logits.mul_(keep.unsqueeze(1) / s).scatter_add_(1, at, -keep.to(s.dtype).unsqueeze(1))
+        gradients.add(chunk, dlogits if bend is None else dlogits.mul_(bend))
+    return (most + s.log() - logit).squeeze(1).masked_fill(~keep, 0.0).sum()
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -49,36 +87,15 @@ class _Chunked(torch.autograd.Function):
         softcap: float | None, rows: int,
     ) -> Tensor:  # fmt: skip
         wide = torch.promote_types(x.dtype, torch.float32)
-        differentiate = any(ctx.needs_input_grad)
+        gradients = _Gradients(x, weight, bias, wide) if any(ctx.needs_input_grad) else None
         total = x.new_zeros((), dtype=wide)
-        if differentiate:
-            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
-            dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         for begin in range(0, len(x), rows):
             chunk = slice(begin, begin + rows)
-            own, keep = x[chunk], counted[chunk]
-            at = targets[chunk].masked_fill(~keep, 0).unsqueeze(1)
-            e = logits_of(own, weight, bias, softcap)
-            bend = None if softcap is None or not differentiate else 1 - (e / softcap).square()
-            most = e.amax(1, keepdim=True)
-            logit = e.gather(1, at)
-            s = e.sub_(most).exp_().sum(1, keepdim=True)
-            total += (most + s.log() - logit).squeeze(1).masked_fill(~keep, 0.0).sum()
-            if not differentiate:
-                continue
-            dlogits = e.mul_(keep.unsqueeze(1) / s).scatter_add_(1, at, -keep.to(wide).unsqueeze(1))
-            if bend is not None:
-                dlogits *= bend
-            if dbias is not None:
-                dbias += dlogits.sum(0)
-            dlogits = dlogits.to(x.dtype)
-            torch.mm(dlogits, weight, out=dx[chunk])
-            if x.dtype == wide:
-                dweight.addmm_(dlogits.mT, own)
-            else:
-                dweight += dlogits.mT @ own
-        if differentiate:
-            ctx.save_for_backward(dx, dweight.to(weight.dtype), None if dbias is None else dbias.to(x.dtype))
+            logits = logits_of(x[chunk], weight, bias, softcap)
+            total += _chunk_loss(logits, targets[chunk], counted[chunk], softcap, gradients, chunk)
+            del logits  # before the next
+        if gradients is not None:
+            ctx.save_for_backward(*gradients.rounded())
         return total
 
     @staticmethod
@@ -98,3 +115,21 @@ def partial(
     here = (targets >= 0) & (targets < len(weight))
     logit = logits.gather(1, targets.masked_fill(~here, 0).unsqueeze(1)).squeeze(1)
     return logits.logsumexp(1), logit.masked_fill(~here, 0.0)
+
+
+def partial_backward(
+    dlse: Tensor, dlogit: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dweight, dbias or an empty tensor) of partial()."""
+    if not len(weight):
+        return torch.zeros_like(x), torch.zeros_like(weight), weight.new_empty(0)
+    logits = logits_of(x, weight, bias, softcap)
+    here = (targets >= 0) & (targets < len(weight))
+    dlogits = (logits - lse.unsqueeze(1)).exp_() * dlse.unsqueeze(1)
+    dlogits.scatter_add_(1, targets.masked_fill(~here, 0).unsqueeze(1), (dlogit * here).unsqueeze(1))
+    if softcap is not None:
+        dlogits *= 1 - (logits / softcap).square()
+    dbias = weight.new_empty(0) if bias is None else dlogits.sum(0).to(bias.dtype)
+    dlogits = dlogits.to(x.dtype)
+    return dlogits @ weight, dlogits.mT @ x, dbias
