@@ -1,7 +1,7 @@
-"""Attention: the operations that run the kernels of attention_forward.py and attention_backward.py, or their eager twin.
+"""Attention: the operations that run the kernels of attention_{forward,backward}_kernels.py, or their eager twin.
 
-Shapes: B batch, H query heads, G key-value heads (H = G R: query head h looks at h // R), T queries, S keys, K head size.
-Strides may be any whose last one is 1. Everything is deterministic: the same bits from run to run.
+Shapes: B batch, H query heads, G key-value heads (H = G R: query head h looks at h // R), T queries, S keys, K head
+size. Strides may be any whose last one is 1. Everything is deterministic: the same bits from run to run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Dropout:
     """Which weights of attention are dropped: a function of the element's place in the whole batch, see philox.py.
 
     seed: 64 bits; step, stream: 32 bits; p: 0 <= p < 1. rows: int64 [B], of the samples in the global batch.
-    heads: (first head of this tensor, heads in all). q_positions [T], k_positions [S]: int64, below 2^20; None: 0, 1, ...
+    heads: (first head of this tensor, heads in all). q_positions [T], k_positions [S]: int64, below 2^20;
+    None: 0, 1, ...
     """
 
     seed: int
@@ -76,7 +77,9 @@ def attention(
 
     A query that sees no key has an out of 0 and an lse of -inf. Raises InvalidArgument for what does not fit.
     """
-    options = _Options.of(q_BHTK, k_BGSK, v_BGSK, causal, scale, window, softcap, key_mask, dropout, cu_q, cu_k, max_q, max_k)
+    options = _Options.of(
+        q_BHTK, k_BGSK, v_BGSK, causal, scale, window, softcap, key_mask, dropout, cu_q, cu_k, max_q, max_k
+    )
     if select.runs(q_BHTK):
         return _forward_op(q_BHTK, k_BGSK, v_BGSK, *options.flat())
     return _eager(q_BHTK, k_BGSK, v_BGSK, options)
@@ -141,8 +144,8 @@ class _Options:
                 dropout.k_positions,
             )  # fmt: skip
         return cls(
-            causal, scale, NO_WINDOW if window is None else window, NO_CAP if softcap is None else softcap, key_mask, cu_q,
-            cu_k, q.shape[2] if max_q is None else max_q, k.shape[2] if max_k is None else max_k, *rest,
+            causal, scale, NO_WINDOW if window is None else window, NO_CAP if softcap is None else softcap, key_mask,
+            cu_q, cu_k, q.shape[2] if max_q is None else max_q, k.shape[2] if max_k is None else max_k, *rest,
         )  # fmt: skip
 
     def flat(self) -> tuple[Any, ...]:
@@ -183,7 +186,9 @@ def _check(
         raise InvalidArgument("attention: variable lengths need cu_q, cu_k, max_q and max_k, and take no key_mask")
     for name, cu in (("cu_q", cu_q), ("cu_k", cu_k)):
         if cu.dtype != torch.int32 or cu.dim() != 1 or len(cu) < 1 or cu.shape != cu_q.shape:
-            raise InvalidArgument(f"attention: {name} is {cu.dtype} {list(cu.shape)}, expected int32 [B + 1], both as long")
+            raise InvalidArgument(
+                f"attention: {name} is {cu.dtype} {list(cu.shape)}, expected int32 [B + 1], equally long"
+            )
     if q.shape[0] != 1:
         raise InvalidArgument(f"attention: q {list(q.shape)} with cu_q, expected [1, H, sum of lengths, K]")
 
@@ -243,7 +248,7 @@ def _eager_backward(
         return reference.attention_backward(grad, q, k, v, out, lse, **rest)
     parts = [
         reference.attention_backward(
-            *(x[:, :, t] for x in (grad, q)), k[:, :, s], v[:, :, s], out[:, :, t], lse[:, :, t], key_mask=None,
+            grad[:, :, t], q[:, :, t], k[:, :, s], v[:, :, s], out[:, :, t], lse[:, :, t], key_mask=None,
             dropout=dropout, **_choices(o),
         )
         for t, s, dropout in _sequences(o)

@@ -8,8 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from paracomm.kernels.attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
-from paracomm.kernels.attention_forward import attention_forward_kernel
+from paracomm.kernels.attention_backward_kernels import (
+    attention_delta_kernel,
+    attention_dkdv_kernel,
+    attention_dq_kernel,
+)
+from paracomm.kernels.attention_forward_kernels import attention_forward_kernel
 from paracomm.kernels.attention_tma import can_tma, forward_tma
 from paracomm.kernels.config import config
 from paracomm.kernels.philox import keep_mask_kernel
@@ -33,8 +37,10 @@ def padded(K: int) -> int:
 
 
 def precision(x: Tensor) -> str:
-    """Of products: float32 as six of bfloat16, on tensor cores and exact to float32's own rounding. Three of TF32 cost the
-    same and lose two bits; 16-bit inputs are exact anyhow."""
+    """Of products: float32 as six of bfloat16, on tensor cores and exact to float32's own rounding.
+
+    Three of TF32 cost the same and lose two bits; 16-bit inputs are exact anyhow.
+    """
     return "bf16x6" if x.dtype == torch.float32 else "ieee"
 
 
@@ -52,8 +58,9 @@ class Attention:
         self.B = q.shape[0] if o.cu_q is None else len(o.cu_q) - 1
         self.T, self.S = o.max_q, o.max_k
         self.pointers = [
-            None if o.key_mask is None else o.key_mask.contiguous(), o.cu_q, o.cu_k, o.rows, o.q_positions, o.k_positions
-        ]  # fmt: skip
+            None if o.key_mask is None else o.key_mask.contiguous(),
+            *(o.cu_q, o.cu_k, o.rows, o.q_positions, o.k_positions),
+        ]
         capped, dropped = o.softcap != 0.0, o.rows is not None
         # Capped scores leave `bent` in units of log2; others are scaled within the exponent.
         self.scales = (1.0, o.softcap * LOG2E, o.scale / o.softcap) if capped else (o.scale * LOG2E, 1.0, 1.0)
@@ -103,20 +110,20 @@ def launch_backward(
     a = Attention(q, k, v, o)
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    delta = torch.empty_like(lse)
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     blocks, options = a.tuned("attention_delta")
     attention_delta_kernel[(triton.cdiv(q.shape[2], blocks["BM"]), q.shape[0] * a.H)](
-        out, grad, delta, *a.strides(out, grad), a.H * q.shape[2], q.shape[2], a.H, q.shape[2], K=a.K,
+        out, grad, lse, delta, lse2, *a.strides(out, grad), a.H * q.shape[2], q.shape[2], a.H, q.shape[2], K=a.K,
         D=a.flags["D"], BM=blocks["BM"], **options,
     )  # fmt: skip
     blocks, options = a.tuned("attention_dkdv" + a.heavy)
     attention_dkdv_kernel[(triton.cdiv(a.S, blocks["BN"]), a.B * a.G)](
-        q, k, v, grad, lse, delta, dk, dv, *a.pointers, *a.strides(q, k, v, grad, dk, dv), *a.lse_strides, a.G, a.T, a.S,
-        o.window, o.scale, *a.scales, *a.drop, **a.flags, **blocks, **options,
+        q, k, v, grad, lse2, delta, dk, dv, *a.pointers, *a.strides(q, k, v, grad, dk, dv), *a.lse_strides, a.G, a.T,
+        a.S, o.window, o.scale, *a.scales, *a.drop, **a.flags, **blocks, **options,
     )  # fmt: skip
     blocks, options = a.tuned("attention_dq" + a.heavy)
     attention_dq_kernel[(triton.cdiv(a.T, blocks["BM"]), a.B * a.H)](
-        q, k, v, grad, lse, delta, dq, *a.pointers, *a.strides(q, k, v, grad, dq), *a.lse_strides, a.H, a.T, a.S,
+        q, k, v, grad, lse2, delta, dq, *a.pointers, *a.strides(q, k, v, grad, dq), *a.lse_strides, a.H, a.T, a.S,
         o.window, o.scale, *a.scales, *a.drop, **a.flags, **blocks, **options,
     )  # fmt: skip
     return dq, dk, dv

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paracomm.kernels import attention_backward, attention_forward, attention_launch
+from paracomm.kernels import attention_backward_kernels as attention_backward
+from paracomm.kernels import attention_forward_kernels as attention_forward
+from paracomm.kernels import attention_launch
 from tests.kernels.interpreted.test_attention import DROP, MASK, SMALL, Shape, check
 from tests.kernels.law import mutate
 
@@ -18,7 +20,7 @@ MUTANTS = {
     "the sum is not faded": (attention_forward, "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", {}),
     "lse forgets the maximum": (attention_forward, "(top + tl.log2(safe)) * LN2", "tl.log2(safe) * LN2", {}),
     "lse in log2": (attention_forward, "(top + tl.log2(safe)) * LN2", "(top + tl.log2(safe))", {}),
-    "the last full tile is dropped": (attention_forward, "rest = S // BN * BN", "rest = S // BN * BN\n    end = rest", {}),
+    "the last full tile is dropped": (attention_forward, "end = tl.cdiv(S, BN)", "end = tl.cdiv(S, BN) - 1", {}),
     "the wrong key-value head": (attention_forward, "K_ + h // R * k_h", "K_ + h % (H // R) * k_h", CAUSAL),
     "the cap does not bend": (attention_forward, "cap_log2 * tanh(scores * to_cap)", "cap_log2 * (scores * to_cap)", {"softcap": 2.0}),
     "dropout drops what it should keep": (attention_forward, ">= threshold, scale, 0.0", "< threshold, scale, 0.0", {"dropout": DROP}),
@@ -28,8 +30,8 @@ MUTANTS = {
     "dq without the scale": (attention_backward, "(dq * scale).to", "dq.to", {}),
     "delta is not subtracted": (attention_backward, "ds = p * (dp - delta[None, :])", "ds = p * dp", {}),
     "the cap is not differentiated": (attention_backward, "ds = ds * (1.0 - bend * bend)", "ds = ds", {"softcap": 2.0}),
-    "one head of a group is forgotten": (attention_backward, "for r in range(R):", "for r in range(R - 1):", CAUSAL),
-    "dkdv begins a tile late": (attention_backward, "begin = tl.minimum(tl.maximum(first_key - shift, 0), T) // BM * BM", "begin = tl.minimum(tl.maximum(first_key - shift, 0), T) // BM * BM + BM", CAUSAL),
+    "one head of a group is forgotten": (attention_backward, "R * (last - first)", "(R - 1) * (last - first)", CAUSAL),
+    "dkdv begins a tile late": (attention_backward, "begin = tl.minimum(tl.maximum(first_key - shift, 0) // BM, end)", "begin = tl.minimum(tl.maximum(first_key - shift, 0) // BM + 1, end)", CAUSAL),
     "dropout is not in dv": (attention_backward, "dropped = p * keep", "dropped = p", {"dropout": DROP}),
 }  # fmt: skip
 

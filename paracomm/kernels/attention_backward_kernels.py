@@ -1,100 +1,120 @@
-"""Attention on tiles, backward. See attention_forward.py for the shapes, and for how tiles at an edge are kept apart."""
+"""Attention on tiles, backward. Shapes, and how tiles at an edge are kept apart: attention_forward_kernels.py."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from paracomm.kernels.attention_forward import LOG2E, bent, kept, key_range, visible
+from paracomm.kernels.attention_forward_kernels import LOG2E, bent, kept, key_range, tile_of, visible
 
 
 @triton.jit
 def attention_delta_kernel(
-    OUT, DO, DELTA, o_b, o_h, o_t, g_b, g_h, g_t, l_b, l_h, H, T, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr
-):
-    """DELTA[b, h, t] = sum_K out do. Sequences of variable lengths are one of B = 1 here."""
+    OUT, DO, LSE, DELTA, LSE2, o_b, o_h, o_t, g_b, g_h, g_t, l_b, l_h, H, T, K: tl.constexpr, D: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
+    """DELTA[b, h, t] = sum_K out do; LSE2 is lse in log2, inf for a query that sees nothing: its p are 0 then.
+
+    Sequences of variable lengths are one of B = 1 here.
+    """
     b = (tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    h = (tl.program_id(1) % H).to(tl.int64)
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.arange(0, D)
     whole = (t < T)[:, None] & (d < K)[None, :]
     out = tl.load(OUT + b * o_b + h * o_h + t.to(tl.int64)[:, None] * o_t + d[None, :], mask=whole, other=0.0)
     grad = tl.load(DO + b * g_b + h * g_h + t.to(tl.int64)[:, None] * g_t + d[None, :], mask=whole, other=0.0)
-    tl.store(DELTA + b * l_b + h * l_h + t, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=t < T)
+    at = b * l_b + h * l_h + t
+    lse = tl.load(LSE + at, mask=t < T, other=0.0)
+    tl.store(LSE2 + at, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=t < T)
+    tl.store(DELTA + at, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=t < T)
 
 
 @triton.jit
-def query_range(first_key, T, S, shift, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """(begin, full, rest, end) of the queries that see keys first_key..: full..rest are tiles that see all of them."""
+def query_range(
+    first_key, T, shift, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):
+    """(begin, full, rest, end) of the tiles of queries that see keys first_key..: full..rest see all of them."""
     begin = 0
     full = 0
-    end = T
-    rest = T // BM * BM
-    if CAUSAL:
-        begin = tl.minimum(tl.maximum(first_key - shift, 0), T) // BM * BM
-        full = (tl.maximum(first_key + BN - 1 - shift, 0) + BM - 1) // BM * BM
+    end = tl.cdiv(T, BM)
+    rest = T // BM
     if WINDOW:
-        end = tl.minimum(T, tl.maximum(first_key + BN - 1 + window - shift, 0))
-        rest = tl.minimum(rest, tl.maximum(first_key + window - shift, 0) // BM * BM)
-    begin = tl.minimum(begin, (end + BM - 1) // BM * BM)
-    full = tl.maximum(tl.minimum(full, (end + BM - 1) // BM * BM), begin)
+        end = tl.cdiv(tl.minimum(T, tl.maximum(first_key + BN - 1 + window - shift, 0)), BM)
+        rest = tl.minimum(rest, tl.maximum(first_key + window - shift, 0) // BM)
+    if CAUSAL:
+        begin = tl.minimum(tl.maximum(first_key - shift, 0) // BM, end)
+        full = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(first_key + BN - 1 - shift, 0), BM), end), begin)
     return begin, full, tl.maximum(rest, full), end
 
 
 @triton.jit
 def dkdv_tiles(
-    dk, dv, k, v, q_base, g_base, l_base, delta_base, q_step, g_step, first, last, k_index, first_key, T, S, shift, window,
-    scale_log2, cap_log2, to_cap, drop, row, head, QPOS, KPOS, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, q_base, g_base, l_base, delta_base, q_h, q_t, g_h, g_t, l_h, first, last, full, rest, k_index,
+    first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head, QPOS, KPOS, R: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Queries first..last (multiples of BM) into dk and dv [BN, D]."""
-    d = tl.arange(0, D)
-    for start in tl.range(first, last, BM):
-        q_index = start + tl.arange(0, BM)
-        m = tl.arange(0, BM)[:, None]
-        q_at = q_base + tl.cast(start, tl.int64) * q_step + (m * q_step + d[None, :])
-        g_at = g_base + tl.cast(start, tl.int64) * g_step + (m * g_step + d[None, :])
+    """Rounds first..last over tiles of queries, for each of R heads, into dk and dv [BN, D].
+
+    Heads and tiles are one loop: of two, the inner one's addresses would be held through the outer one (static: 360
+    bytes of stack a thread at D 128, against 88). Keys beyond the end are rows that nobody stores, and queries beyond
+    it have an lse of inf: neither needs a mask of p.
+    """
+    d = tl.arange(0, D)[None, :]
+    m = tl.arange(0, BM)
+    r, tile = 0, first + 0
+    for _ in tl.range(0, R * (last - first)):
+        start = tile_of(tile, full, rest, MASKED) * BM
+        q_index = start + m
+        q_at = q_base + (tl.cast(r, tl.int64) * q_h + tl.cast(start, tl.int64) * q_t) + (m[:, None] * q_t + d)
+        g_at = g_base + (tl.cast(r, tl.int64) * g_h + tl.cast(start, tl.int64) * g_t) + (m[:, None] * g_t + d)
+        l_at, delta_at = l_base + tl.cast(r, tl.int64) * l_h + start, delta_base + tl.cast(r, tl.int64) * l_h + start
         if MASKED or D != K:
-            inside = (q_index < T)[:, None] & (d < K)[None, :]
+            inside = (q_index < T)[:, None] & (d < K)
             q = tl.load(q_at, mask=inside, other=0.0)
             grad = tl.load(g_at, mask=inside, other=0.0)
         else:
             q = tl.load(q_at)
             grad = tl.load(g_at)
         if MASKED:
-            lse = tl.load(l_base + q_index, mask=q_index < T, other=float("inf"))
-            delta = tl.load(delta_base + q_index, mask=q_index < T, other=0.0)
+            lse = tl.load(l_at + m, mask=q_index < T, other=float("inf"))
         else:
-            lse = tl.load(l_base + q_index)
-            delta = tl.load(delta_base + q_index)
-        # A query that sees nothing has lse -inf; with +inf its p are 0.
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+            lse = tl.load(l_at + m)
         scores = bent(tl.dot(k, tl.trans(q), input_precision=PRECISION), cap_log2, to_cap, CAPPED)
         p = tl.exp2(scores * scale_log2 - lse[None, :])
-        if MASKED:
-            see = tl.trans(visible(q_index, k_index, shift, S, window, CAUSAL, WINDOW))
-            p = tl.where(see, p, 0.0)
+        if MASKED and CAUSAL:
+            p = tl.where(k_index[:, None] <= q_index[None, :] + shift, p, 0.0)
+        if MASKED and WINDOW:
+            p = tl.where(k_index[:, None] > q_index[None, :] + shift - window, p, 0.0)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         dropped = p
         if DROPOUT:
             keep = tl.trans(
-                kept(drop, row, head, q_index, k_index, first_key, q_index < T, k_index < S, QPOS, KPOS, BN, RUNS)
+                kept(drop, row, head + r, q_index, k_index, first_key, q_index < T, k_index < S, QPOS, KPOS, BN, RUNS)
             )
             dropped = p * keep
             dp = dp * keep
         dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        if MASKED:
+            delta = tl.load(delta_at + m, mask=q_index < T, other=0.0)
+        else:
+            delta = tl.load(delta_at + m)
         ds = p * (dp - delta[None, :])
         if CAPPED:
             bend = scores / cap_log2
             ds = ds * (1.0 - bend * bend)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        tile += 1
+        if R > 1:
+            r += (tile == last).to(tl.int32)
+            tile = tl.where(tile == last, first, tile)
     return dk, dv
 
 
 @triton.jit
 def attention_dkdv_kernel(
-    Q, K_, V, DO, LSE, DELTA, DK, DV, KEY_MASK, CU_Q, CU_K, ROWS, QPOS, KPOS,
+    Q, K_, V, DO, LSE2, DELTA, DK, DV, KEY_MASK, CU_Q, CU_K, ROWS, QPOS, KPOS,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, l_b, l_h,
     G, T, S, window, scale, scale_log2, cap_log2, to_cap, seed, stream, step, threshold, keep_scale, head_offset,
     heads_total, R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -102,10 +122,10 @@ def attention_dkdv_kernel(
     RUNS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(1) // G).to(tl.int64)
-    g = tl.program_id(1) % G
+    g = (tl.program_id(1) % G).to(tl.int64)
     q_at, g_at, k_at, v_at = Q, DO, K_ + g * k_h, V + g * v_h
     dk_at, dv_at = DK + g * dk_h, DV + g * dv_h
-    l_at, delta_at = LSE + b * l_b, DELTA + b * l_b
+    l_at, delta_at = LSE2 + b * l_b, DELTA + b * l_b
     if VARLEN:
         q_first, k_first = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
         T, S = (tl.load(CU_Q + b + 1) - q_first).to(tl.int32), (tl.load(CU_K + b + 1) - k_first).to(tl.int32)
@@ -132,25 +152,19 @@ def attention_dkdv_kernel(
     if DROPOUT:
         row = tl.load(ROWS + b)
     drop = (seed, stream, step, threshold, keep_scale, heads_total)
-    begin, full, rest, end = query_range(first_key, T, S, shift, window, BM, BN, CAUSAL, WINDOW)
-    for r in range(R):
-        h = g * R + r
-        if CAUSAL:
-            dk, dv = dkdv_tiles(
-                dk, dv, k, v, q_at + h * q_h, g_at + h * g_h, l_at + h * l_h, delta_at + h * l_h, q_t, g_t, begin, full,
-                k_index, first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS,
-                K, D, BM, BN, CAUSAL, WINDOW, CAPPED, True, DROPOUT, RUNS, PRECISION,
-            )  # fmt: skip
-        dk, dv = dkdv_tiles(
-            dk, dv, k, v, q_at + h * q_h, g_at + h * g_h, l_at + h * l_h, delta_at + h * l_h, q_t, g_t, full, rest,
-            k_index, first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS,
-            K, D, BM, BN, CAUSAL, WINDOW, CAPPED, False, DROPOUT, RUNS, PRECISION,
-        )  # fmt: skip
-        dk, dv = dkdv_tiles(
-            dk, dv, k, v, q_at + h * q_h, g_at + h * g_h, l_at + h * l_h, delta_at + h * l_h, q_t, g_t, rest, end,
-            k_index, first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS,
-            K, D, BM, BN, CAUSAL, WINDOW, CAPPED, True, DROPOUT, RUNS, PRECISION,
-        )  # fmt: skip
+    begin, full, rest, end = query_range(first_key, T, shift, window, BM, BN, CAUSAL, WINDOW)
+    h = g * R
+    q_at, g_at, l_at, delta_at = q_at + h * q_h, g_at + h * g_h, l_at + h * l_h, delta_at + h * l_h
+    dk, dv = dkdv_tiles(
+        dk, dv, k, v, q_at, g_at, l_at, delta_at, q_h, q_t, g_h, g_t, l_h, full, rest, full, rest, k_index, first_key,
+        T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS, R, K, D, BM, BN,
+        CAUSAL, WINDOW, CAPPED, False, DROPOUT, RUNS, PRECISION,
+    )  # fmt: skip
+    dk, dv = dkdv_tiles(
+        dk, dv, k, v, q_at, g_at, l_at, delta_at, q_h, q_t, g_h, g_t, l_h, begin, end - (rest - full), full, rest,
+        k_index, first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS,
+        R, K, D, BM, BN, CAUSAL, WINDOW, CAPPED, True, DROPOUT, RUNS, PRECISION,
+    )  # fmt: skip
     dk = dk * scale
     if HAS_KEY_MASK:  # nobody sees a masked key: its rows of p are 0
         seen = tl.load(KEY_MASK + b * S + k_index, mask=k_index < S, other=False)[:, None]
@@ -162,20 +176,21 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def dq_tiles(
-    dq, q, grad, lse, delta, k_base, v_base, k_step, v_step, first, last, q_index, q_inside, T, S, shift, window, scale_log2,
-    cap_log2, to_cap, KEY_MASK, drop, row, head, QPOS, KPOS, K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, grad, lse, delta, k_base, v_base, k_step, v_step, first, last, full, rest, q_index, q_inside, S, shift,
+    window, scale_log2, cap_log2, to_cap, KEY_MASK, drop, row, head, QPOS, KPOS, K: tl.constexpr, D: tl.constexpr,
+    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys first..last (multiples of BN) into dq [BM, D]."""
-    d = tl.arange(0, D)
-    for start in tl.range(first, last, BN):
-        k_index = start + tl.arange(0, BN)
-        n = tl.arange(0, BN)[:, None]
-        k_at = k_base + tl.cast(start, tl.int64) * k_step + (n * k_step + d[None, :])
-        v_at = v_base + tl.cast(start, tl.int64) * v_step + (n * v_step + d[None, :])
+    """Rounds first..last over tiles of keys into dq [BM, D]."""
+    d = tl.arange(0, D)[None, :]
+    n = tl.arange(0, BN)
+    for number in tl.range(first, last):
+        start = tile_of(number, full, rest, MASKED) * BN
+        k_index = start + n
+        k_at = k_base + tl.cast(start, tl.int64) * k_step + (n[:, None] * k_step + d)
+        v_at = v_base + tl.cast(start, tl.int64) * v_step + (n[:, None] * v_step + d)
         if MASKED or D != K:
-            inside = (k_index < S)[:, None] & (d < K)[None, :]
+            inside = (k_index < S)[:, None] & (d < K)
             k = tl.load(k_at, mask=inside, other=0.0)
             v = tl.load(v_at, mask=inside, other=0.0)
         else:
@@ -201,7 +216,7 @@ def dq_tiles(
 
 @triton.jit
 def attention_dq_kernel(
-    Q, K_, V, DO, LSE, DELTA, DQ, KEY_MASK, CU_Q, CU_K, ROWS, QPOS, KPOS,
+    Q, K_, V, DO, LSE2, DELTA, DQ, KEY_MASK, CU_Q, CU_K, ROWS, QPOS, KPOS,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dq_b, dq_h, dq_t, l_b, l_h,
     H, T, S, window, scale, scale_log2, cap_log2, to_cap, seed, stream, step, threshold, keep_scale, head_offset,
     heads_total, R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -209,9 +224,9 @@ def attention_dq_kernel(
     RUNS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    h = (tl.program_id(1) % H).to(tl.int64)
     q_at, g_at, k_at, v_at, dq_at = Q + h * q_h, DO + h * g_h, K_ + h // R * k_h, V + h // R * v_h, DQ + h * dq_h
-    l_at, delta_at = LSE + b * l_b + h * l_h, DELTA + b * l_b + h * l_h
+    l_at, delta_at = LSE2 + b * l_b + h * l_h, DELTA + b * l_b + h * l_h
     if VARLEN:
         q_first, k_first = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
         T, S = (tl.load(CU_Q + b + 1) - q_first).to(tl.int32), (tl.load(CU_K + b + 1) - k_first).to(tl.int32)
@@ -232,7 +247,6 @@ def attention_dq_kernel(
     q = tl.load(q_at + first * q_t + (m * q_t + d[None, :]), mask=whole, other=0.0)
     grad = tl.load(g_at + first * g_t + (m * g_t + d[None, :]), mask=whole, other=0.0)
     lse = tl.load(l_at + q_index, mask=q_inside, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     delta = tl.load(delta_at + q_index, mask=q_inside, other=0.0)
     dq = tl.zeros([BM, D], tl.float32)
     key_mask = KEY_MASK
@@ -243,22 +257,16 @@ def attention_dq_kernel(
         row = tl.load(ROWS + b)
     drop = (seed, stream, step, threshold, keep_scale, heads_total)
     head = head_offset + h
-    begin, full, rest, end = key_range(first_query, T, S, shift, window, HAS_KEY_MASK, BM, BN, CAUSAL, WINDOW)
-    if WINDOW:
-        dq = dq_tiles(
-            dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, begin, full, q_index, q_inside, T, S, shift, window, scale_log2,
-            cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK,
-            DROPOUT, RUNS, PRECISION,
-        )  # fmt: skip
+    begin, full, rest, end = key_range(first_query, S, shift, window, BM, BN, CAUSAL, WINDOW, HAS_KEY_MASK)
     if not HAS_KEY_MASK:
         dq = dq_tiles(
-            dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, full, rest, q_index, q_inside, T, S, shift, window, scale_log2,
-            cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, False, False,
-            DROPOUT, RUNS, PRECISION,
+            dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, full, rest, full, rest, q_index, q_inside, S, shift, window,
+            scale_log2, cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED,
+            False, False, DROPOUT, RUNS, PRECISION,
         )  # fmt: skip
     dq = dq_tiles(
-        dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, rest, end, q_index, q_inside, T, S, shift, window, scale_log2,
-        cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK,
-        DROPOUT, RUNS, PRECISION,
+        dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, begin, end - (rest - full), full, rest, q_index, q_inside, S,
+        shift, window, scale_log2, cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW,
+        CAPPED, True, HAS_KEY_MASK, DROPOUT, RUNS, PRECISION,
     )  # fmt: skip
     tl.store(dq_at + first * dq_t + (m * dq_t + d[None, :]), (dq * scale).to(DQ.dtype.element_ty), mask=whole)

@@ -1,20 +1,21 @@
-"""Attention on tiles, forward: nothing of size T x S is ever stored. attention_backward.py has the other half.
+"""Attention on tiles, forward: nothing of size T x S is ever stored. attention_backward_kernels.py has the other half.
 
-Shapes: B sequences, H query heads, G key-value heads (R = H / G share one), T queries, S keys, K head size, D = K padded
-to a power of two. A query at t looks at keys up to t + S - T (causal), from t + S - T - window + 1 on.
+Shapes: B sequences, H query heads, G key-value heads (R = H / G share one), T queries, S keys, K head size, D = K
+padded to a power of two. A query at t looks at keys up to t + S - T (causal), from t + S - T - window + 1 on.
 
-    forward   one program for BM queries of a head; walks over tiles of BN keys with a running maximum and sum (Milakov and
-              Gimelshein, 2018; Dao, "FlashAttention-2", 2023, algorithm 1). Returns lse, natural.
+    forward   one program for BM queries of a head; walks over tiles of BN keys with a running maximum and sum (Milakov
+              and Gimelshein, 2018; Dao, "FlashAttention-2", 2023, algorithm 1). Returns lse, natural.
     delta     rowsum(do * out)
     dkdv      one program for BN keys of a key-value head; walks over the queries of its R heads
     dq        one program for BM queries of a head; walks over keys
               (FlashAttention-2, algorithm 2, in two kernels: no atomics, the same bits each time)
 
-    keys      | masked | full  full  full | masked |        only tiles at an edge (window, diagonal, end) look at positions
+    keys      | masked | full  full  full | masked |     only tiles at an edge (window, diagonal, end) look at positions
     queries   t0..     ^ window            ^ diagonal, end
 
-A tile's first row is a pointer of 64 bits, offsets within a tile fit 32. Scores are in units of log2: exp2(scale_log2 * qk - m) is one FFMA and one MUFU an element. `lse` may be that of more keys
-than are given here, as context parallelism has it.
+One loop takes the full tiles, another both ends' masked ones. A tile's first row is a pointer of 64 bits, offsets
+within it are of 32. Scores are in units of log2: exp2(scale_log2 * qk - m) is one FFMA and one MUFU an element. `lse`
+may be that of more keys than are given here, as context parallelism has it.
 """
 
 from __future__ import annotations
@@ -38,8 +39,13 @@ def bent(scores, cap_log2, to_cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def kept(drop, row, head, q_index, k_index, k_start, q_inside, k_inside, QPOS, KPOS, BN: tl.constexpr, RUNS: tl.constexpr):
-    """float32 [BM, BN]: 1 / (1 - p) for what dropout keeps, else 0. `drop` = (seed, stream, step, threshold, scale, heads)."""
+def kept(
+    drop, row, head, q_index, k_index, k_start, q_inside, k_inside, QPOS, KPOS, BN: tl.constexpr, RUNS: tl.constexpr
+):
+    """float32 [BM, BN]: 1 / (1 - p) for what dropout keeps, else 0.
+
+    `drop` = (seed, stream, step, threshold, scale, heads).
+    """
     seed, stream, step, threshold, scale, heads = drop
     line = (row * heads + head) << 40
     if RUNS:
@@ -64,16 +70,25 @@ def visible(q_index, k_index, shift, S, window, CAUSAL: tl.constexpr, WINDOW: tl
 
 
 @triton.jit
+def tile_of(number, full, rest, MASKED: tl.constexpr):
+    """The tile that a loop's round `number` takes. Loops over masked tiles have those of full..rest left out."""
+    if MASKED:
+        number = number + tl.where(number >= full, rest - full, 0)
+    return number
+
+
+@triton.jit
 def forward_tiles(
-    acc, total, top, q, k_base, v_base, k_step, v_step, first, last, q_index, q_inside, T, S, shift, window, scale_log2,
-    cap_log2, to_cap, KEY_MASK, drop, row, head, QPOS, KPOS, K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    acc, total, top, q, k_base, v_base, k_step, v_step, first, last, full, rest, q_index, q_inside, S, shift, window,
+    scale_log2, cap_log2, to_cap, KEY_MASK, drop, row, head, QPOS, KPOS, K: tl.constexpr, D: tl.constexpr,
+    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys first..last (multiples of BN) into acc [BM, D], total and top [BM]. MASKED: tiles may hold what is not seen."""
+    """Rounds first..last into acc [BM, D], total and top [BM]. MASKED: the tiles may hold what is not seen."""
     d = tl.arange(0, D)
     n = tl.arange(0, BN)
-    for start in tl.range(first, last, BN):
+    for number in tl.range(first, last):
+        start = tile_of(number, full, rest, MASKED) * BN
         k_index = start + n
         k_at = k_base + tl.cast(start, tl.int64) * k_step + (n[None, :] * k_step + d[:, None])
         v_at = v_base + tl.cast(start, tl.int64) * v_step + (n[:, None] * v_step + d[None, :])
@@ -92,10 +107,8 @@ def forward_tiles(
                 see = see & tl.load(KEY_MASK + k_index, mask=k_index < S, other=False)[None, :]
             scores = tl.where(see, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-        if MASKED:
-            reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-        else:
-            reference = new_top
+        # A query that has seen nothing yet, as it may have before a masked tile, has a top of -inf.
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
         p = tl.exp2(scores * scale_log2 - reference[:, None])
         fade = tl.exp2(top - reference)
         total = total * fade + tl.sum(p, 1)
@@ -107,24 +120,32 @@ def forward_tiles(
 
 
 @triton.jit
-def key_range(first_query, T, S, shift, window, has_key_mask: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """(begin, full, rest, end) of the keys that queries first_query.. see: full..rest are tiles that all of them see."""
+def key_range(
+    first_query,
+    S,
+    shift,
+    window,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+):
+    """(begin, full, rest, end) of the tiles of keys that queries first_query.. see: all see full..rest whole."""
     begin = 0
-    end = S
-    rest = S // BN * BN
+    end = tl.cdiv(S, BN)
+    rest = S // BN
     if CAUSAL:
-        end = tl.maximum(tl.minimum(S, first_query + BM + shift), 0)
-        rest = tl.minimum(rest, tl.maximum(first_query + shift + 1, 0) // BN * BN)
-    full = begin
+        end = tl.cdiv(tl.maximum(tl.minimum(S, first_query + BM + shift), 0), BN)
+        rest = tl.minimum(rest, tl.maximum(first_query + shift + 1, 0) // BN)
+    full = 0
     if WINDOW:
-        begin = tl.maximum(first_query + shift - window + 1, 0) // BN * BN
-        full = (tl.maximum(first_query + BM + shift - window, 0) + BN - 1) // BN * BN
-    if has_key_mask:
-        rest = 0
-    begin = tl.minimum(begin, end)
-    full = tl.minimum(full, (end + BN - 1) // BN * BN)
-    full = tl.maximum(full, begin)
-    return begin, full, tl.maximum(rest, full), end
+        begin = tl.minimum(tl.maximum(first_query + shift - window + 1, 0) // BN, end)
+        full = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(first_query + BM + shift - window, 0), BN), end), begin)
+    rest = tl.maximum(rest, full)
+    if HAS_KEY_MASK:
+        rest = full
+    return begin, full, rest, end
 
 
 @triton.jit
@@ -137,7 +158,7 @@ def attention_forward_kernel(
     VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    h = (tl.program_id(1) % H).to(tl.int64)
     q_at, k_at, v_at, o_at = Q + h * q_h, K_ + h // R * k_h, V + h // R * v_h, OUT + h * o_h
     l_at = LSE + b * l_b + h * l_h
     if VARLEN:
@@ -169,23 +190,17 @@ def attention_forward_kernel(
         row = tl.load(ROWS + b)
     drop = (seed, stream, step, threshold, keep_scale, heads_total)
     head = head_offset + h
-    begin, full, rest, end = key_range(first_query, T, S, shift, window, HAS_KEY_MASK, BM, BN, CAUSAL, WINDOW)
-    if WINDOW:
-        acc, total, top = forward_tiles(
-            acc, total, top, q, k_at, v_at, k_t, v_t, begin, full, q_index, q_inside, T, S, shift, window, scale_log2,
-            cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK,
-            DROPOUT, RUNS, PRECISION,
-        )  # fmt: skip
+    begin, full, rest, end = key_range(first_query, S, shift, window, BM, BN, CAUSAL, WINDOW, HAS_KEY_MASK)
     if not HAS_KEY_MASK:
         acc, total, top = forward_tiles(
-            acc, total, top, q, k_at, v_at, k_t, v_t, full, rest, q_index, q_inside, T, S, shift, window, scale_log2,
-            cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, False, False,
-            DROPOUT, RUNS, PRECISION,
+            acc, total, top, q, k_at, v_at, k_t, v_t, full, rest, full, rest, q_index, q_inside, S, shift, window,
+            scale_log2, cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED,
+            False, False, DROPOUT, RUNS, PRECISION,
         )  # fmt: skip
     acc, total, top = forward_tiles(
-        acc, total, top, q, k_at, v_at, k_t, v_t, rest, end, q_index, q_inside, T, S, shift, window, scale_log2,
-        cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK,
-        DROPOUT, RUNS, PRECISION,
+        acc, total, top, q, k_at, v_at, k_t, v_t, begin, end - (rest - full), full, rest, q_index, q_inside, S, shift,
+        window, scale_log2, cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED,
+        True, HAS_KEY_MASK, DROPOUT, RUNS, PRECISION,
     )  # fmt: skip
     nothing = total == 0.0
     safe = tl.where(nothing, 1.0, total)
