@@ -1,8 +1,8 @@
 """Who computes: Triton's kernels or their eager twins.
 
-    auto     kernels for float32, float16 and bfloat16 on a GPU of compute capability 8.0 or later, if Triton is there
-    triton   kernels, or an Error that says why not; with TRITON_INTERPRET=1 in the environment, on CPU tensors too
-    eager    the twins: torch's own operations
+auto     kernels for float32, float16 and bfloat16 on a GPU of compute capability 8.0 or later, if Triton is there
+triton   kernels, or an Error that says why not; with TRITON_INTERPRET=1 in the environment, on CPU tensors too
+eager    the twins: torch's own operations
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
@@ -23,27 +22,29 @@ from paracomm.errors import Error, InvalidArgument
 Backend = Literal["auto", "triton", "eager"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_backend: ContextVar[Backend] = ContextVar("backend", default="auto")
+_backend: Backend = "auto"  # of the process: torch.compile cannot look into a ContextVar
 
 
-def set_backend(backend: Backend) -> None:
-    """From here on, in this context. Raises InvalidArgument for a name that is none of Backend's."""
-    _backend.set(_known(backend))
+def set_backend(name: Backend) -> None:
+    """From here on, in this process. Raises InvalidArgument for a name that is none of Backend's."""
+    global _backend
+    _backend = _known(name)
 
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Inside, kernels and twins are chosen by `name`."""
-    token = _backend.set(_known(name))
+    """Inside, kernels and twins are chosen by `name`, in this process."""
+    before = _backend
+    set_backend(name)
     try:
         yield
     finally:
-        _backend.reset(token)
+        set_backend(before)
 
 
 def current() -> Backend:
-    """What was set last. An operation's backward runs, in another thread perhaps, under what its forward ran under."""
-    return _backend.get()
+    """What was set last. An operation's backward runs under what its forward ran under."""
+    return _backend
 
 
 def _known(name: Backend) -> Backend:
@@ -75,23 +76,34 @@ def _too_old(index: int) -> str | None:
     return None if major >= 8 else f"cuda:{index} has compute capability {major}.{minor}, expected at least 8.0"
 
 
-def _obstacle(x: Tensor) -> str | None:
-    if x.dtype not in DTYPES:
-        return f"{x.dtype} has no kernel, expected float32, float16 or bfloat16"
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
-        return f"tensors are on {x.device}, expected a GPU (or TRITON_INTERPRET=1 before the start, to interpret)"
-    return triton_missing() or (_too_old(x.device.index or 0) if x.device.type == "cuda" else None)
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:
+        return f"{dtype} has no kernel, expected float32, float16 or bfloat16"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"tensors are on {device}, expected a GPU (or TRITON_INTERPRET=1 before the start, to interpret)"
+    return triton_missing() or (_too_old(device.index or 0) if device.type == "cuda" else None)
 
 
 def runs(x: Tensor) -> bool:
-    """Whether kernels compute on x. Raises Error for backend "triton" where they cannot."""
-    chosen = _backend.get()
-    if chosen == "eager" or (chosen == "auto" and x.device.type != "cuda"):
+    """Whether kernels compute on x. Raises Error for backend "triton" where they cannot.
+
+    What torch.compile compiles keeps the answer that it got then.
+    """
+    return _kernels_on(x.device, x.dtype)
+
+
+def _kernels_on(device: torch.device, dtype: torch.dtype) -> bool:
+    chosen = _backend
+    if chosen == "eager" or (chosen == "auto" and device.type != "cuda"):
         return False
-    obstacle = _obstacle(x)
+    obstacle = _obstacle(device, dtype)
     if obstacle is not None and chosen == "triton":
         raise Error(f"kernels: backend 'triton' was asked for, but {obstacle}")
     return obstacle is None
+
+
+# As torch.compiler.assume_constant_result(), which would import the compiler (3 s) for those who do not use it.
+_kernels_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def arch(x: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paracomm.errors import InvalidArgument
 from paracomm.kernels import config, cross_entropy_kernels, select
-from paracomm.kernels.cross_entropy import linear_cross_entropy, partial_cross_entropy
+from paracomm.kernels.cross_entropy import _forward_op, linear_cross_entropy, partial_cross_entropy
 from tests.kernels.law import interpreted, mutate, twice
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -192,6 +192,29 @@ def test_strides_and_nothing_to_do() -> None:
         total, count = linear_cross_entropy(empty, weight.requires_grad_(), None, torch.empty(0, dtype=torch.int64))
         assert total == 0 and count == 0
         assert not torch.autograd.grad(total, weight)[0].any()
+
+
+@pytest.mark.parametrize("shape", [Shape(5, 16, 20, bias=True, softcap=2.0), Shape(5, 16, 20)], ids=str)
+def test_opcheck(shape: Shape) -> None:
+    x, weight, *bias = (t.float().requires_grad_() for t in shape.inputs())
+    arguments = (x, weight, bias[0] if bias else None, shape.targets, shape.softcap or 0.0)
+    with select.backend("triton"), config.override(**shape.configs):
+        torch.library.opcheck(_forward_op, arguments)
+
+
+@pytest.mark.slow
+def test_compile_sees_through() -> None:
+    """One graph, the same bits; a target beyond the vocabulary makes the loss NaN there, as on a GPU."""
+    shape = Shape(5, 16, 20)
+    x, weight = (t.float().requires_grad_() for t in shape.inputs())
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    with select.backend("triton"), config.override(**shape.configs):
+        runs = []
+        for function in (linear_cross_entropy, compiled):
+            total, count = function(x, weight, None, shape.targets)
+            runs.append((total, count, *torch.autograd.grad(total, (x, weight))))
+        assert compiled(x, weight, None, torch.tensor([0, 20, 1, -100, 2]))[0].isnan()
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_a_target_beyond_the_vocabulary() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paracomm.kernels import config, norm_kernels, select
-from paracomm.kernels.norm import add_norm
+from paracomm.kernels.norm import _forward_op, add_norm
 from tests.kernels.law import interpreted, mutate, twice
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -143,6 +143,27 @@ def test_the_same_bits_each_time(D: int) -> None:
         for _ in range(2):
             normed, total = add_norm(*leaves, kind="layer")
             runs.append((normed, *torch.autograd.grad((normed * total).float().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_opcheck(kind: Any) -> None:
+    x, residual, weight, bias = (t.float().requires_grad_() for t in Shape(5, 40, kind, True, True).inputs())
+    with select.backend("triton"), config.override(**configs(4, 32, 2)):
+        torch.library.opcheck(_forward_op, (x, residual, weight, bias, 1e-5, kind == "layer"))
+        torch.library.opcheck(_forward_op, (x, None, weight, None, 1e-5, kind == "layer"))
+
+
+@pytest.mark.slow
+def test_compile_sees_through() -> None:
+    """One graph, the same bits."""
+    x, residual, weight = (t.float().requires_grad_() for t in Shape(5, 40, "rms", True, False).inputs())
+    compiled = torch.compile(add_norm, backend="aot_eager", fullgraph=True)
+    with select.backend("triton"), config.override(**configs(4, 32, 2)):
+        runs = []
+        for function in (add_norm, compiled):
+            normed, total = function(x, residual, weight)
+            runs.append((normed, total, *torch.autograd.grad((normed * total).sum(), (x, residual, weight))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paracomm.kernels import config, rotary_kernels, select
-from paracomm.kernels.rotary import rotary
+from paracomm.kernels.rotary import _op, rotary
 from tests.kernels.law import interpreted, mutate, twice
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -83,6 +83,12 @@ def test_backward_turns_back() -> None:
         y = rotary(x.requires_grad_(), angles.cos(), angles.sin())
         (back,) = torch.autograd.grad(y, x, y.detach())
     torch.testing.assert_close(back, x.detach(), rtol=0, atol=1e-6)
+
+
+def test_opcheck() -> None:
+    x, *tables = (t.float() for t in Shape(1, 2, 9, 12).inputs())
+    with select.backend("triton"):
+        torch.library.opcheck(_op, (x.requires_grad_(), *tables, False))
 
 
 def test_nothing_to_do() -> None:
