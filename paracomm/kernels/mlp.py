@@ -250,8 +250,7 @@ def _gated_backward_op(grad: Tensor, gate: Tensor, up: Tensor, activation: str) 
         from paracomm.kernels.mlp_launch import launch_gated_backward
 
         return launch_gated_backward(grad, gate, up, activation)
-    dgate, dup = _twin_gradients(lambda g, u: reference.gated(g, u, activation), grad, gate, up)
-    return dgate, dup
+    return reference.ACTIVATION_GRADIENTS[activation](grad * up, gate), grad * reference.ACTIVATIONS[activation](gate)
 
 
 @_gated_backward_op.register_fake
@@ -293,7 +292,7 @@ def _active_backward_op(grad: Tensor, x: Tensor, activation: str) -> Tensor:
         from paracomm.kernels.mlp_launch import launch_active_backward
 
         return launch_active_backward(grad, x, activation)
-    return _twin_gradients(reference.ACTIVATIONS[activation], grad, x)[0]
+    return reference.ACTIVATION_GRADIENTS[activation](grad, x)
 
 
 @_active_backward_op.register_fake
@@ -313,9 +312,3 @@ def _differentiate_active(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _active_op.register_autograd(_differentiate_active, setup_context=_save_active)
-
-
-def _twin_gradients(function: Any, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        return torch.autograd.grad(function(*leaves), leaves, grad)

@@ -149,6 +149,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By name; "gelu" is exact, by erf."""
 
+ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "silu": torch.ops.aten.silu_backward,
+}
+"""(gradient of the result, x) -> gradient of x."""
+
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None

@@ -159,3 +159,14 @@ def test_only_what_is_needed_is_kept() -> None:
         x.requires_grad_()
         mlp.glu(x, w, w).sum().backward()
         assert x.grad is not None and w.grad is None
+
+
+def test_opcheck() -> None:
+    """By the kernels: schemas, fakes and autograd registrations are right."""
+    x, w, v, r = (t.float().requires_grad_() for t in tensors((6, 16), (8, 16), (8, 16), (6, 8)))
+    with select.backend("triton"), config.override(**configs(TILES)):
+        torch.library.opcheck(mlp._linear_op, (x, w, None, "gelu", r, True))
+        torch.library.opcheck(mlp._glu_op, (x, w, v, None, None, "silu", True))
+        torch.library.opcheck(mlp._gated_op, (r, r.detach().clone().requires_grad_(), "gelu"))
+        torch.library.opcheck(mlp._active_op, (r, "relu"))
+        torch.library.opcheck(mlp._sum_op, tuple(t.detach() for t in (r, w, r, v)))
