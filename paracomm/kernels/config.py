@@ -2,8 +2,8 @@
 
     tables/sm_80.json   {kernel: {dtype: {size: {"BM": 128, "BN": 64, "warps": 4, "stages": 3}}}}
 
-`size` is what the kernel's resources depend on: the padded head size of attention, nothing ("0") of a product. Nothing is
-tuned while a program runs.
+`size` is what the kernel's resources depend on: the padded head size of attention, nothing ("0") of a product. Nothing
+is tuned while a program runs.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ GOLDEN = ("registers", "stack", "shared", "occupancy", "hgmma", "hmma", "utmaldg
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one case on one architecture. Bytes of stack a thread and of shared memory a block; instructions are counted."""
+    """Of one case on one architecture. Bytes: stack of a thread, shared memory of a block; instructions are counted."""
 
     registers: int
     stack: int
@@ -55,9 +55,10 @@ def figures_of(name: str, arch: int) -> Figures:
     """Compiles the case of that name."""
     binary = compile_case(_cases(arch)[name], arch)
     mix, found = parse(binary.code).mix, estimate(binary)
+    serial, overlap = (None, None) if found is None else (found.serial, found.overlap)
     return Figures(
         binary.registers, binary.stack, binary.shared, occupancy(binary), mix["HGMMA"], mix["HMMA"], mix["UTMALDG"],
-        mix["USETMAXREG"], None if found is None else found.serial, None if found is None else found.overlap, fits(binary),
+        mix["USETMAXREG"], serial, overlap, fits(binary),
     )  # fmt: skip
 
 

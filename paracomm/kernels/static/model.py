@@ -37,7 +37,7 @@ MUFU_CYCLES = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cycles of a partition for an iteration of the heaviest loop on tensor cores; serial and overlap are shares of peak."""
+    """Cycles of a partition for an iteration of the heaviest loop on tensor cores; shares of peak."""
 
     tensor: float
     mufu: float

@@ -1,8 +1,8 @@
 """Chooses configurations with no GPU: compiles candidates, drops what spills or does not fit, ranks the rest.
 
 For each (kernel, dtype, size) a candidate must compile, keep everything in registers and fit shared memory for EVERY
-variant that its row will serve; of those the one with the largest serial share of peak (model.py) is taken, and of equals
-the one whose block holds more work. Statements about time this are not: a GPU may prefer another.
+variant that its row will serve. Of those the one with the largest serial share of peak (model.py) is taken, and of
+equals the one whose block holds more work. Statements about time this are not: a GPU may prefer another.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from paracomm.errors import Error
-from paracomm.kernels.static import shipped
+from paracomm.kernels.static.attention_cases import ATTENTION, HEAD_SIZES, attention_cases
 from paracomm.kernels.static.case import Case
 from paracomm.kernels.static.compile import compile_case
 from paracomm.kernels.static.model import estimate, fits, occupancy
+from paracomm.kernels.static.product_cases import PRODUCTS, product_cases
 
 Row = dict[str, int]
 TABLES = Path(__file__).resolve().parent.parent / "tables"
@@ -33,9 +34,10 @@ class Candidate:
     serial: float
     blocks: int
 
-    def rank(self) -> tuple[float, int, int]:
+    def rank(self) -> tuple[bool, float, int, int]:
+        """Loads ahead come first: the model sees no latency of memory."""
         work = self.row.get("BM", 1) * self.row.get("BN", 1)
-        return round(self.serial, 2), work, self.blocks
+        return self.row["stages"] > 1, round(self.serial, 2), work, self.blocks
 
 
 def accumulators(kernel: str, BM: int, BN: int, size: int) -> int:
@@ -49,12 +51,10 @@ def attention_rows(kernel: str, size: int, nbytes: int) -> Iterator[Row]:
     """For head size `size` of elements of `nbytes`, large tiles first; those are left out that cannot fit registers."""
     sides = (128, 64, 32, 16)
     order = sorted(itertools.product(sides, sides), key=lambda sides: (-sides[0] * sides[1], abs(sides[0] - sides[1])))
-    for (BM, BN), warps in itertools.product(order, (8, 4)):
-        of_thread = accumulators(kernel, BM, BN, size) / (32 * warps)
-        if not 8 <= of_thread <= 224 or BM * BN < 32 * 16:
-            continue
-        for stages in (3, 2, 1):
-            if stages * 2 * min(BM, BN) * size * nbytes <= 160 * 1024:
+    for depths in ((2, 3), (1,)):
+        for (BM, BN), warps, stages in itertools.product(order, (8, 4), depths):
+            of_thread = accumulators(kernel, BM, BN, size) / (32 * warps)
+            if 8 <= of_thread <= 224 and stages * 2 * min(BM, BN) * size * nbytes <= 160 * 1024:
                 yield {"BM": BM, "BN": BN, "warps": warps, "stages": stages}
 
 
@@ -108,15 +108,19 @@ def tune(arch: int, only: str = "", enough: int = 6) -> Iterator[tuple[str, str,
 
 
 def jobs(arch: int) -> Iterator[tuple[str, str, int, Iterable[Row], Callable[[Row], list[Case]]]]:
-    for kernel in shipped.ATTENTION:
+    for kernel in ATTENTION:
         for dtype, nbytes in (("bfloat16", 2), ("float32", 4)):
-            for size in shipped.HEAD_SIZES:
-                yield kernel, dtype, size, attention_rows(kernel, size, nbytes), partial(
-                    shipped.attention_cases, kernel, dtype, size
+            for size in HEAD_SIZES:
+                yield (
+                    kernel,
+                    dtype,
+                    size,
+                    attention_rows(kernel, size, nbytes),
+                    partial(attention_cases, kernel, dtype, size),
                 )
-    for kernel in shipped.PRODUCTS:
+    for kernel in PRODUCTS:
         for dtype in ("bfloat16", "float32"):
-            yield kernel, dtype, 0, product_rows(arch, dtype), partial(shipped.product_cases, kernel, dtype)
+            yield kernel, dtype, 0, product_rows(arch, dtype), partial(product_cases, kernel, dtype)
 
 
 def merge(table: dict[str, Any], kernel: str, dtype: str, size: int, row: Row) -> None:
