@@ -8,7 +8,9 @@
 
     keys     | part 0: tiles 0 1 2 | part 1: 3 4 5 | part 2: 6 7 |      of those that the window and the length leave
 
-What takes time is reading, so every tile looks at positions. Names as in attention_forward_kernels.py.
+What takes time is reading, so every tile looks at positions, and float32 is multiplied as such (8 FLOP a byte read at
+K = 128, where an H100 has 20; on tensor cores its parts would not fit the registers). Names as in
+attention_forward_kernels.py.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from paracomm.kernels.attention_forward_kernels import LN2, LOG2E, bent
 def decode_kernel(
     Q, K_, V, LENGTHS, OUT, LSE, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, S, window, scale_log2, cap_log2,
     to_cap, R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """OUT [B, H, T, parts, K], LSE [B, H, T, parts]; a part without keys writes 0 and -inf."""
     part, parts = tl.program_id(0), tl.num_programs(0)
@@ -59,7 +61,7 @@ def decode_kernel(
         inside = (place < end)[None, :] & (d < K)[:, None]
         k = tl.load(k_at, mask=inside, other=0.0)
         v = tl.load(v_at, mask=tl.trans(inside), other=0.0)
-        scores = bent(tl.dot(q, k, input_precision=PRECISION), cap_log2, to_cap, CAPPED)
+        scores = bent(tl.dot(q, k, input_precision="ieee"), cap_log2, to_cap, CAPPED)
         see = (place < end)[None, :] & (place[None, :] <= last[:, None])
         if WINDOW:
             see = see & (place[None, :] > (last - window)[:, None])
@@ -69,7 +71,7 @@ def decode_kernel(
         p = tl.exp2(scores * scale_log2 - reference[:, None])
         fade = tl.exp2(top - reference)
         total = total * fade + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         top = new_top
         k_at += BN * k_t
         v_at += BN * v_t

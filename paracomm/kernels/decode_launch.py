@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from paracomm.kernels.attention_launch import LOG2E, dtype_name, last_contiguous, padded, precision
+from paracomm.kernels.attention_launch import LOG2E, dtype_name, last_contiguous, padded
 from paracomm.kernels.config import config
 from paracomm.kernels.decode_kernels import decode_kernel, merge_kernel
 from paracomm.kernels.select import arch
@@ -55,7 +55,7 @@ def launch_decode(
     scales = (1.0, softcap * LOG2E, scale / softcap) if capped else (scale * LOG2E, 1.0, 1.0)
     decode_kernel[(parts, B * G, blocks)](
         q, k, v, lengths, results, sums, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, T, S, window, *scales,
-        R=H // G, K=K, D=padded(K), BM=BM, BN=BN, WINDOW=window > 0, CAPPED=capped, PRECISION=precision(q),
+        R=H // G, K=K, D=padded(K), BM=BM, BN=BN, WINDOW=window > 0, CAPPED=capped,
         num_warps=row["warps"], num_stages=row["stages"],
     )  # fmt: skip
     if parts > 1:

@@ -33,12 +33,16 @@ HEAVY: dict[str, dict[str, Any]] = {
 
 
 def attention_cases(kernel: str, dtype: str, size: int, row: dict[str, int]) -> list[Case]:
-    """What a row of attention serves."""
+    """What a row of attention serves; where dk and dv have a program each, both."""
     variants = HEAVY if kernel.endswith("_heavy") else PLAIN
     every = dtype == "bfloat16" and size == 128
+    halves: list[tuple[str, dict[str, Any]]] = [("", {})]
+    if "dkdv" in kernel:
+        halves = [(" dv", {"WHICH": 1}), (" dk", {"WHICH": 2})] if row.get("SPLIT") else [("", {"WHICH": 0})]
     return [
-        attention_case(kernel, ATTENTION[kernel], variant, flags, dtype, size, row)
+        attention_case(kernel, ATTENTION[kernel], variant + half, flags | which, dtype, size, row)
         for number, (variant, flags) in enumerate(variants.items())
+        for half, which in halves
         if every or number == 0
     ]
 
@@ -141,7 +145,7 @@ def decode_case(variant: str, dtype: str, size: int, row: dict[str, int]) -> Cas
     fn = decode_kernels.decode_kernel
     constants = {
         "R": 4, "K": size, "D": size, "BM": row["BM"], "BN": row["BN"], "WINDOW": False, "CAPPED": False,
-        "PRECISION": "bf16x6" if dtype == "float32" else "ieee", **DECODE_VARIANTS[variant],
+        **DECODE_VARIANTS[variant],
     }  # fmt: skip
     types = {
         **dict.fromkeys(("Q", "K_", "V"), POINTERS[dtype]), **dict.fromkeys(("OUT", "LSE"), "*fp32"), "LENGTHS": "*i32",
