@@ -19,20 +19,21 @@ def decode(
     if window is not None and lengths is None and window + T - 1 < S:  # what no query looks at
         first = S - (window + T - 1)
         k_BGSK, v_BGSK, S = k_BGSK[:, :, first:], v_BGSK[:, :, first:], window + T - 1
-    last_BT = torch.arange(T, device=q_BHTK.device) - T + (S if lengths is None else lengths.long()[:, None])
-    last_BT = last_BT.expand(B, T)
-    see = None
-    if lengths is not None or T > 1 or window is not None:
+    see = blind = None
+    if lengths is not None or T > 1 or S < T:
+        last_BT = torch.arange(T, device=q_BHTK.device) - T + (S if lengths is None else lengths.long()[:, None])
+        last_BT = last_BT.expand(B, T)
         keys = torch.arange(S, device=q_BHTK.device)
         see_BTS = keys <= last_BT[..., None]
         if window is not None:
             see_BTS &= keys > last_BT[..., None] - window
         see = see_BTS.repeat(1, H // G, 1)[:, None]
+        blind = (last_BT < 0).repeat(1, H // G)[:, None, :, None]
     rows = q_BHTK.reshape(B, G, H // G * T, K)
-    blind = (last_BT < 0).repeat(1, H // G)[:, None, :, None]
     if not need_lse and softcap is None and S:
         out = F.scaled_dot_product_attention(rows, k_BGSK, v_BGSK, see, scale=scale)
-        return out.masked_fill(blind, 0.0).view(q_BHTK.shape), q_BHTK.new_empty(0, dtype=torch.float32)
+        out = out if blind is None else out.masked_fill(blind, 0.0)
+        return out.view(q_BHTK.shape), q_BHTK.new_empty(0, dtype=torch.float32)
     wide = torch.promote_types(q_BHTK.dtype, torch.float32)
     scores = reference.attention_scores(rows.to(wide), k_BGSK.to(wide), scale, softcap, None, None)
     if see is not None:
