@@ -10,8 +10,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from paracomm.kernels import mlp_kernels as kernels
-from paracomm.kernels.attention_launch import dtype_name, last_contiguous, precision
+from paracomm.kernels.attention_launch import dtype_name, precision
 from paracomm.kernels.config import config
+from paracomm.kernels.launch import aligned
 from paracomm.kernels.select import arch
 
 BLOCK = 1024
@@ -27,7 +28,7 @@ class _Product:
     def __init__(self, kernel: str, x: Tensor, M: int, N: int, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...] = ()) -> None:
         found = config(kernel, arch(x), dtype_name(x))
         self.blocks = {key: found[key] for key in ("BM", "BN", "BK", "GROUP")}
-        tma = bool(found.get("TMA")) and all(map(_describable, (*rows, *columns)))
+        tma = bool(found.get("TMA"))
         self.options: dict[str, Any] = {
             "PRECISION": precision(x), "TMA": tma, "num_warps": found["warps"], "num_stages": found["stages"], **self.blocks,
         }  # fmt: skip
@@ -40,16 +41,11 @@ class _Product:
             self.inputs = [TensorDescriptor.from_tensor(x, block) for x, block in zip(self.inputs, shapes, strict=True)]
 
 
-def _describable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read it: 16 bytes are its unit (CUDA Programming Guide, "TMA")."""
-    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-
-
 def launch_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    x, weight = last_contiguous(x), last_contiguous(weight)
-    residual = None if residual is None else last_contiguous(residual)
+    x, weight = aligned(x), aligned(weight)
+    residual = None if residual is None else aligned(residual)
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty(M, N)
     z = torch.empty_like(y) if keep else x.new_empty(0)
@@ -66,7 +62,7 @@ def launch_linear(
 def launch_glu(
     x: Tensor, w_gate: Tensor, w_up: Tensor, bias_gate: Tensor | None, bias_up: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, w_gate, w_up = map(last_contiguous, (x, w_gate, w_up))
+    x, w_gate, w_up = map(aligned, (x, w_gate, w_up))
     (M, K), N = x.shape, w_gate.shape[0]
     y = x.new_empty(M, N)
     gate, up = (torch.empty_like(y) if keep else x.new_empty(0) for _ in range(2))
@@ -81,7 +77,7 @@ def launch_glu(
 
 
 def launch_sum(a: Tensor, v: Tensor, b: Tensor, w: Tensor) -> Tensor:
-    a, v, b, w = map(last_contiguous, (a, v, b, w))
+    a, v, b, w = map(aligned, (a, v, b, w))
     (M, K), N = a.shape, v.shape[1]
     y = a.new_empty(M, N)
     if y.numel():
