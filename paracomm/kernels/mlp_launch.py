@@ -28,7 +28,7 @@ class _Product:
     def __init__(self, kernel: str, x: Tensor, M: int, N: int, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...] = ()) -> None:
         found = config(kernel, arch(x), dtype_name(x))
         self.blocks = {key: found[key] for key in ("BM", "BN", "BK", "GROUP")}
-        tma = bool(found.get("TMA"))
+        tma = bool(found.get("TMA")) and x.shape[1] > 0
         self.options: dict[str, Any] = {
             "PRECISION": precision(x), "TMA": tma, "num_warps": found["warps"], "num_stages": found["stages"], **self.blocks,
         }  # fmt: skip
