@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from paracomm.errors import Error
 from paracomm.kernels.config import ARCHES, table
+from paracomm.kernels.select import interpreted, triton_missing
 
 COLUMNS = ("kernel", "regs", "stack", "shared KiB", "blocks/SM", "HGMMA", "HMMA", "TMA", "serial", "overlap", "fits")
 
@@ -29,6 +31,10 @@ def kernels(
     unknown = [each for each in arches if each not in ARCHES]
     if unknown:
         raise typer.BadParameter(f"no table for sm_{unknown[0]}; there are {', '.join(map(str, ARCHES))}")
+    obstacle = "TRITON_INTERPRET is set: nothing can be compiled" if interpreted() else triton_missing()
+    if obstacle is not None:
+        typer.echo(f"paracomm tune kernels: {obstacle}", err=True)
+        raise typer.Exit(1)
     try:
         if estimate:
             show(only, arches, jobs)
@@ -67,7 +73,7 @@ def choose(only: str, arches: tuple[int, ...], write: bool, enough: int) -> None
     from paracomm.kernels.static import tune
 
     for arch in arches:
-        chosen = {**table(arch)}
+        chosen = copy.deepcopy(table(arch))
         for kernel, dtype, size, candidate in tune.tune(arch, only, enough):
             before = table(arch).get(kernel, {}).get(dtype, {}).get(str(size))
             note = "as before" if before == candidate.row else f"before {before}"

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from paracomm.kernels.activation import tanh
 from paracomm.kernels.attention_forward_kernels import LOG2E
-from paracomm.kernels.attention_launch import dtype_name, last_contiguous, precision
+from paracomm.kernels.attention_launch import dtype_name, precision
 from paracomm.kernels.config import config
+from paracomm.kernels.launch import aligned
 from paracomm.kernels.select import arch
 
 PARTS = 32
@@ -149,7 +150,7 @@ def launch_forward(
     if not N or not V:
         zero = x.new_zeros(N, dtype=torch.float32)
         return zero - torch.inf, zero, torch.zeros_like(zero)
-    x, weight = map(last_contiguous, (x, weight))
+    x, weight = map(aligned, (x, weight))
     row, shared = _shared(x, weight, bias, softcap, "cross_entropy_forward")
     part = triton.cdiv(triton.cdiv(V, row["BN"]), row.get("parts", PARTS)) * row["BN"]
     parts = triton.cdiv(V, part)
@@ -176,7 +177,7 @@ def launch_backward(
     dx = torch.zeros(N, D, dtype=torch.float32, device=x.device)
     if not N or not V:
         return dx.to(x.dtype), dweight, dbias
-    x, weight = map(last_contiguous, (x, weight))
+    x, weight = map(aligned, (x, weight))
     bias = None if bias is None else bias.contiguous()
     row, shared = _shared(x, weight, bias, softcap, "cross_entropy_backward")
     rows = [t.contiguous() for t in (targets, lse, rest, dlse, dlogit)]

@@ -19,3 +19,8 @@ def aligned(x: Tensor) -> Tensor:
         return x
     width = -(-x.shape[-1] // WIDE) * WIDE
     return x.new_empty(*x.shape[:-1], width)[..., : x.shape[-1]].copy_(x)
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x, or a copy: what kernels that reading bounds take."""
+    return x if x.stride(-1) == 1 else x.contiguous()

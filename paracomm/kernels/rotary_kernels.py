@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paracomm.kernels.attention_launch import dtype_name, last_contiguous
+from paracomm.kernels.attention_launch import dtype_name
 from paracomm.kernels.config import config
+from paracomm.kernels.launch import last_contiguous
 from paracomm.kernels.select import arch
 
 

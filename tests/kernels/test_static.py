@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,20 @@ from paracomm.kernels.select import interpreted
 if interpreted():
     pytest.skip("kernels are compiled in a process without TRITON_INTERPRET=1", allow_module_level=True)
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
 import triton
 import triton.language as tl
 
+import paracomm.kernels
 from paracomm.errors import Error
+from paracomm.kernels.config import ARCHES, table
 from paracomm.kernels.static import sass
 from paracomm.kernels.static.case import Case
 from paracomm.kernels.static.compile import compile_case
 from paracomm.kernels.static.golden import Figures, all_figures, complaints, every_name, figures_of
 from paracomm.kernels.static.model import Estimate, estimate, fits, flop, occupancy
+from paracomm.kernels.static.shipped import cases
 
 GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "golden" / "kernels.json").read_text())
 QUICK = [name for name in every_name() if name[0] in {
@@ -44,16 +50,43 @@ def test_a_sample_of_what_is_shipped(name: str, arch: int) -> None:
 
 
 @pytest.mark.slow
-def test_everything_that_is_shipped() -> None:
+@pytest.mark.parametrize("arch", ARCHES)
+def test_everything_that_is_shipped(arch: int) -> None:
     """Compiles, keeps its values in registers, fits, multiplies on tensor cores; costs what the golden table says.
 
     Where that is meant to change: python -m paracomm.kernels.static.golden tests/golden/kernels.json
     """
-    names = every_name()
+    names = [name for name in every_name() if name[1] == arch]
     wrong = [line for each in all_figures(names, os.cpu_count() or 1) for line in check(*each)]
     assert wrong == []
+
+
+def test_the_golden_table_has_what_is_shipped() -> None:
     known = {(name, int(arch.removeprefix("sm_"))) for arch, rows in GOLDEN.items() for name in rows}
-    assert known == set(names), "the golden table has other cases"
+    assert known == set(every_name())
+
+
+def test_every_kernel_is_shipped() -> None:
+    """Functions whose name ends in _kernel are launched; each is compiled ahead of time for both architectures."""
+    launched = {
+        match
+        for path in Path(paracomm.kernels.__path__[0]).glob("*.py")
+        for match in re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    assert len(launched) >= 20
+    for arch in ARCHES:
+        missing = launched - {case.fn.__name__ for case in cases(arch)}
+        assert missing <= ({"attention_forward_tma_kernel"} if arch < 90 else set()), f"sm_{arch}"
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_row_is_shipped(arch: int) -> None:
+    names = [case.name for case in cases(arch)]
+    assert len(set(names)) == len(names)
+    for kernel, dtypes in table(arch).items():
+        for dtype, size in ((dtype, size) for dtype, rows in dtypes.items() for size in rows):
+            end = f" {dtype}" + (f" {size}" if size != "0" else "")
+            assert any(name.startswith(f"{kernel} ") and name.endswith(end) for name in names), (kernel, dtype, size)
 
 
 BARS = {
@@ -82,8 +115,8 @@ def spilling(X, Y, N: tl.constexpr, TIMES: tl.constexpr):
 
 
 def test_what_spills_is_refused() -> None:
-    types, constants = {"X": "*bf16", "Y": "*bf16"}, {"N": 256, "TIMES": 3}
-    binary = compile_case(Case("spilling", spilling, types, constants, warps=4, stages=1, matmul=True), 80)
+    types, constants = {"X": "*bf16", "Y": "*bf16"}, {"N": 128, "TIMES": 3}
+    binary = compile_case(Case("spilling", spilling, types, constants, warps=2, stages=1, matmul=True), 80)
     assert binary.stack > 0 and "spill" in str(fits(binary))
 
 

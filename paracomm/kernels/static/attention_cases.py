@@ -20,7 +20,14 @@ ATTENTION = {
 """Rows of the tables. The heavy ones serve whatever needs more registers: a window, a cap, dropout, a mask of keys."""
 HEAD_SIZES = (64, 128, 256)
 """Of rows; smaller heads take the row of 64."""
-PLAIN: dict[str, dict[str, Any]] = {"causal": {"CAUSAL": True}, "varlen": {"CAUSAL": True, "VARLEN": True}}
+SMALL = (16, 32)
+ODD = "odd"
+"""The variant whose head size is padded, and whose results' rows begin anywhere (those of inputs are aligned)."""
+PLAIN: dict[str, dict[str, Any]] = {
+    "causal": {"CAUSAL": True},
+    ODD: {"CAUSAL": True},
+    "varlen": {"CAUSAL": True, "VARLEN": True},
+}
 HEAVY: dict[str, dict[str, Any]] = {
     "all": {"CAUSAL": True, "WINDOW": True, "CAPPED": True, "DROPOUT": True, "RUNS": True, "HAS_KEY_MASK": True},
     "window": {"CAUSAL": True, "WINDOW": True},
@@ -29,7 +36,7 @@ HEAVY: dict[str, dict[str, Any]] = {
     "places": {"DROPOUT": True},
     "masked": {"HAS_KEY_MASK": True},
 }
-"""At head size 128 in bfloat16 every variant is compiled, elsewhere the first: it has the most code."""
+"""At head size 128 in bfloat16 every variant is compiled, elsewhere the first, which has the most code, and the odd."""
 
 
 def attention_cases(kernel: str, dtype: str, size: int, row: dict[str, int]) -> list[Case]:
@@ -40,10 +47,11 @@ def attention_cases(kernel: str, dtype: str, size: int, row: dict[str, int]) -> 
     if "dkdv" in kernel:
         halves = [(" dv", {"WHICH": 1}), (" dk", {"WHICH": 2})] if row.get("SPLIT") else [("", {"WHICH": 0})]
     return [
-        attention_case(kernel, ATTENTION[kernel], variant + half, flags | which, dtype, size, row)
+        attention_case(kernel, ATTENTION[kernel], variant + half, flags | which, dtype, each, row)
+        for each in ((*SMALL, size) if dtype == "bfloat16" and size == min(HEAD_SIZES) else (size,))
         for number, (variant, flags) in enumerate(variants.items())
         for half, which in halves
-        if every or number == 0
+        if every or number == 0 or (variant == ODD and each == size)
     ]
 
 
@@ -58,9 +66,10 @@ def attention_case(
     kernel: str, fn: Any, variant: str, flags: dict[str, Any], dtype: str, size: int, row: dict[str, int]
 ) -> Case:
     """For a head size of `size` and two query heads to a key-value head."""
+    odd = variant.startswith(ODD)
     constants: dict[str, Any] = {
-        "R": 2, "K": size, "D": size, "BM": row["BM"], "BN": row["BN"], "CAUSAL": False, "WINDOW": False,
-        "CAPPED": False, "HAS_KEY_MASK": False, "DROPOUT": False, "RUNS": False, "VARLEN": False,
+        "R": 2, "K": size - 24 if odd else size, "D": size, "BM": row["BM"], "BN": row["BN"], "CAUSAL": False,
+        "WINDOW": False, "CAPPED": False, "HAS_KEY_MASK": False, "DROPOUT": False, "RUNS": False, "VARLEN": False,
         "PRECISION": "bf16x6" if dtype == "float32" else "ieee",
     }  # fmt: skip
     constants |= flags
@@ -88,7 +97,9 @@ def attention_case(
         else:
             types[name] = "i64" if name in ("seed", "threshold") else "i32"
     # What no stride or size need be a multiple of.
-    loose = {name for name in types if types[name] in ("i32", "i64") and name[-2:] not in ("_b", "_h", "_t")}
+    outputs = ("o_", "dk_", "dv_", "dq_") if odd else ()
+    integers = {name for name, kind in types.items() if kind in ("i32", "i64")}
+    loose = {name for name in integers if name[-2:] not in ("_b", "_h", "_t") or name.startswith(outputs)}
     return Case(
         f"{kernel} {variant} {dtype} {size}", fn, types, constants, row["warps"], row["stages"], matmul=True,
         unaligned=frozenset(loose),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from paracomm.kernels import mlp_kernels
@@ -18,16 +19,21 @@ PRODUCT_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sum": {"": {}},
 }
+"""Each is compiled for sizes that are multiples of 16, the first for others as well; rows of inputs are aligned."""
 
 
 def product_cases(kernel: str, dtype: str, row: dict[str, int]) -> list[Case]:
     """What a row of a product serves."""
-    variants = PRODUCT_VARIANTS[kernel].items()
-    return [product_case(kernel, PRODUCTS[kernel], variant, flags, dtype, row) for variant, flags in variants]
+    found = [
+        product_case(kernel, PRODUCTS[kernel], variant, flags, dtype, row)
+        for variant, flags in PRODUCT_VARIANTS[kernel].items()
+    ]
+    name = f"{kernel} odd {dtype}"
+    return [*found, replace(found[0], name=name, unaligned=frozenset({"M", "N", "K"}) & set(found[0].types))]
 
 
 def product_case(kernel: str, fn: Any, variant: str, flags: dict[str, Any], dtype: str, row: dict[str, int]) -> Case:
-    """For sizes that are multiples of 16; K's tail is compiled as well."""
+    """For sizes that are multiples of 16."""
     given = {
         "HAS_BIAS": True, "HAS_R": False, "KEEP": False, "ACTIVATION": "none",
         "PRECISION": "bf16x6" if dtype == "float32" else "ieee",
