@@ -1,4 +1,4 @@
-"""Small models trained by interpreted kernels, on one process and on ranks: the eager run on one process, to rounding."""
+"""Small models trained by interpreted kernels, on one process and on ranks, are the eager ones up to rounding."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from paracomm.kernels import config
 from paracomm.models import generate
 from paracomm.parallel import rng
 from paracomm.parallel.attention import POSITION_BITS, Attention, HeadDropout, attention
+from tests.parallel import training
 from tests.parallel.layouts import VARIANTS, Case
 from tests.parallel.training import (
     ADAMW,
@@ -52,7 +53,9 @@ TILES = {
 
 
 @pytest.fixture(autouse=True)
-def several_tiles() -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of everything several tiles, and few rows: an interpreted program takes milliseconds."""
+    monkeypatch.setattr(training, "ROWS", 4)
     with config.override(**TILES):
         yield
 
