@@ -18,6 +18,8 @@ from paracomm.errors import InvalidArgument
 from paracomm.kernels import reference, select
 
 HEAD_SIZES = (1, 256)
+WIDEST_FLOAT32 = 128
+"""Wider heads in float32 are computed by the twin on every device."""
 NO_WINDOW = -1
 NO_CAP = 0.0
 
@@ -80,7 +82,7 @@ def attention(
     options = _Options.of(
         q_BHTK, k_BGSK, v_BGSK, causal, scale, window, softcap, key_mask, dropout, cu_q, cu_k, max_q, max_k
     )
-    if select.runs(q_BHTK):
+    if _runs(q_BHTK):
         return _forward_op(q_BHTK, k_BGSK, v_BGSK, *options.flat())
     return _eager(q_BHTK, k_BGSK, v_BGSK, options)
 
@@ -212,6 +214,11 @@ def _check_dropout(dropout: Dropout, q: Tensor, k: Tensor, cu_q: Tensor | None) 
             )
 
 
+def _runs(q: Tensor) -> bool:
+    """Whether kernels compute. Not for wide heads in float32: three parts of each operand do not fit registers."""
+    return select.runs(q) and (q.dtype != torch.float32 or q.shape[3] <= WIDEST_FLOAT32)
+
+
 # --- the twin ---
 def _choices(o: _Options) -> dict[str, Any]:
     return {
@@ -272,7 +279,7 @@ def _forward_op(
         causal, scale, window, softcap, key_mask, cu_q, cu_k, max_q, max_k, p, seed, stream, step, rows, head_offset,
         heads_total, q_positions, k_positions,
     )  # fmt: skip
-    if select.runs(q):
+    if _runs(q):
         from paracomm.kernels.attention_launch import launch_forward
 
         return launch_forward(q, k, v, options)
@@ -297,7 +304,7 @@ def _backward_op(
         causal, scale, window, softcap, key_mask, cu_q, cu_k, max_q, max_k, p, seed, stream, step, rows, head_offset,
         heads_total, q_positions, k_positions,
     )  # fmt: skip
-    if select.runs(q):
+    if _runs(q):
         from paracomm.kernels.attention_launch import launch_backward
 
         return launch_backward(grad, q, k, v, out, lse, options)

@@ -7,6 +7,10 @@ import triton.language as tl
 
 from paracomm.kernels.attention_forward_kernels import LOG2E, bent, kept, key_range, tile_of, visible
 
+BOTH = tl.constexpr(0)
+DV = tl.constexpr(1)
+DK = tl.constexpr(2)
+
 
 @triton.jit
 def attention_delta_kernel(
@@ -49,11 +53,19 @@ def query_range(
 
 
 @triton.jit
+def slope(scores, cap_log2):
+    """The derivative of `bent`, by its result."""
+    bend = scores / cap_log2
+    return 1.0 - bend * bend
+
+
+@triton.jit
 def dkdv_tiles(
     dk, dv, k, v, q_base, g_base, l_base, delta_base, q_h, q_t, g_h, g_t, l_h, first, last, full, rest, k_index,
-    first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head, QPOS, KPOS, R: tl.constexpr,
-    K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, keep_scale, row, head, QPOS, KPOS,
+    R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, RUNS: tl.constexpr,
+    PRECISION: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
     """Rounds first..last over tiles of queries, for each of R heads, into dk and dv [BN, D].
 
@@ -64,7 +76,7 @@ def dkdv_tiles(
     d = tl.arange(0, D)[None, :]
     m = tl.arange(0, BM)
     r, tile = 0, first + 0
-    for _ in tl.range(0, R * (last - first)):
+    for _ in tl.range(0, R * (last - first), disable_licm=True):
         start = tile_of(tile, full, rest, MASKED) * BM
         q_index = start + m
         q_at = q_base + (tl.cast(r, tl.int64) * q_h + tl.cast(start, tl.int64) * q_t) + (m[:, None] * q_t + d)
@@ -87,24 +99,25 @@ def dkdv_tiles(
             p = tl.where(k_index[:, None] <= q_index[None, :] + shift, p, 0.0)
         if MASKED and WINDOW:
             p = tl.where(k_index[:, None] > q_index[None, :] + shift - window, p, 0.0)
-        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        dropped = p
         if DROPOUT:
             keep = tl.trans(
                 kept(drop, row, head + r, q_index, k_index, first_key, q_index < T, k_index < S, QPOS, KPOS, BN, RUNS)
             )
-            dropped = p * keep
-            dp = dp * keep
-        dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        if MASKED:
-            delta = tl.load(delta_at + m, mask=q_index < T, other=0.0)
-        else:
-            delta = tl.load(delta_at + m)
-        ds = p * (dp - delta[None, :])
-        if CAPPED:
-            bend = scores / cap_log2
-            ds = ds * (1.0 - bend * bend)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if WHICH != DK:
+            dropped = tl.where(keep, p, 0.0) if DROPOUT else p
+            dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        if WHICH != DV:
+            if CAPPED:
+                p = p * slope(scores, cap_log2)
+            dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            if DROPOUT:
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            if MASKED:
+                delta = tl.load(delta_at + m, mask=q_index < T, other=0.0)
+            else:
+                delta = tl.load(delta_at + m)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         tile += 1
         if R > 1:
             r += (tile == last).to(tl.int32)
@@ -114,17 +127,17 @@ def dkdv_tiles(
 
 @triton.jit
 def attention_dkdv_kernel(
-    Q, K_, V, DO, LSE2, DELTA, DK, DV, KEY_MASK, CU_Q, CU_K, ROWS, QPOS, KPOS,
+    Q, K_, V, DO, LSE2, DELTA, DK_, DV_, KEY_MASK, CU_Q, CU_K, ROWS, QPOS, KPOS,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, l_b, l_h,
     G, T, S, window, scale, scale_log2, cap_log2, to_cap, seed, stream, step, threshold, keep_scale, head_offset,
     heads_total, R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    RUNS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    RUNS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(1) // G).to(tl.int64)
     g = (tl.program_id(1) % G).to(tl.int64)
     q_at, g_at, k_at, v_at = Q, DO, K_ + g * k_h, V + g * v_h
-    dk_at, dv_at = DK + g * dk_h, DV + g * dv_h
+    dk_at, dv_at = DK_ + g * dk_h, DV_ + g * dv_h
     l_at, delta_at = LSE2 + b * l_b, DELTA + b * l_b
     if VARLEN:
         q_first, k_first = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
@@ -151,40 +164,45 @@ def attention_dkdv_kernel(
     row = b
     if DROPOUT:
         row = tl.load(ROWS + b)
-    drop = (seed, stream, step, threshold, keep_scale, heads_total)
+    drop = (seed, stream, step, threshold, heads_total)
     begin, full, rest, end = query_range(first_key, T, shift, window, BM, BN, CAUSAL, WINDOW)
     h = g * R
     q_at, g_at, l_at, delta_at = q_at + h * q_h, g_at + h * g_h, l_at + h * l_h, delta_at + h * l_h
     dk, dv = dkdv_tiles(
         dk, dv, k, v, q_at, g_at, l_at, delta_at, q_h, q_t, g_h, g_t, l_h, full, rest, full, rest, k_index, first_key,
-        T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS, R, K, D, BM, BN,
-        CAUSAL, WINDOW, CAPPED, False, DROPOUT, RUNS, PRECISION,
+        T, S, shift, window, scale_log2, cap_log2, to_cap, drop, keep_scale, row, head_offset + h, QPOS, KPOS, R, K, D,
+        BM, BN, CAUSAL, WINDOW, CAPPED, False, DROPOUT, RUNS, PRECISION, WHICH,
     )  # fmt: skip
     dk, dv = dkdv_tiles(
         dk, dv, k, v, q_at, g_at, l_at, delta_at, q_h, q_t, g_h, g_t, l_h, begin, end - (rest - full), full, rest,
-        k_index, first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, row, head_offset + h, QPOS, KPOS,
-        R, K, D, BM, BN, CAUSAL, WINDOW, CAPPED, True, DROPOUT, RUNS, PRECISION,
+        k_index, first_key, T, S, shift, window, scale_log2, cap_log2, to_cap, drop, keep_scale, row, head_offset + h,
+        QPOS, KPOS, R, K, D, BM, BN, CAUSAL, WINDOW, CAPPED, True, DROPOUT, RUNS, PRECISION, WHICH,
     )  # fmt: skip
-    dk = dk * scale
     if HAS_KEY_MASK:  # nobody sees a masked key: its rows of p are 0
         seen = tl.load(KEY_MASK + b * S + k_index, mask=k_index < S, other=False)[:, None]
         dk = tl.where(seen, dk, 0.0)
         dv = tl.where(seen, dv, 0.0)
-    tl.store(dk_at + first * dk_t + (n * dk_t + d[None, :]), dk.to(DK.dtype.element_ty), mask=whole)
-    tl.store(dv_at + first * dv_t + (n * dv_t + d[None, :]), dv.to(DV.dtype.element_ty), mask=whole)
+    if DROPOUT:
+        dv = dv * keep_scale
+    if WHICH != DV:
+        dk = dk * scale
+        tl.store(dk_at + first * dk_t + (n * dk_t + d[None, :]), dk.to(DK_.dtype.element_ty), mask=whole)
+    if WHICH != DK:
+        tl.store(dv_at + first * dv_t + (n * dv_t + d[None, :]), dv.to(DV_.dtype.element_ty), mask=whole)
 
 
 @triton.jit
 def dq_tiles(
     dq, q, grad, lse, delta, k_base, v_base, k_step, v_step, first, last, full, rest, q_index, q_inside, S, shift,
-    window, scale_log2, cap_log2, to_cap, KEY_MASK, drop, row, head, QPOS, KPOS, K: tl.constexpr, D: tl.constexpr,
-    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    window, scale_log2, cap_log2, to_cap, KEY_MASK, drop, keep_scale, row, head, QPOS, KPOS, K: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, RUNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rounds first..last over tiles of keys into dq [BM, D]."""
     d = tl.arange(0, D)[None, :]
     n = tl.arange(0, BN)
-    for number in tl.range(first, last):
+    for number in tl.range(first, last, disable_licm=True):
         start = tile_of(number, full, rest, MASKED) * BN
         k_index = start + n
         k_at = k_base + tl.cast(start, tl.int64) * k_step + (n[:, None] * k_step + d)
@@ -203,13 +221,13 @@ def dq_tiles(
             if HAS_KEY_MASK:
                 see = see & tl.load(KEY_MASK + k_index, mask=k_index < S, other=False)[None, :]
             p = tl.where(see, p, 0.0)
+        if CAPPED:
+            p = p * slope(scores, cap_log2)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
-            dp = dp * kept(drop, row, head, q_index, k_index, start, q_inside, k_index < S, QPOS, KPOS, BN, RUNS)
+            keep = kept(drop, row, head, q_index, k_index, start, q_inside, k_index < S, QPOS, KPOS, BN, RUNS)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        if CAPPED:
-            bend = scores / cap_log2
-            ds = ds * (1.0 - bend * bend)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -255,18 +273,18 @@ def attention_dq_kernel(
     row = b
     if DROPOUT:
         row = tl.load(ROWS + b)
-    drop = (seed, stream, step, threshold, keep_scale, heads_total)
+    drop = (seed, stream, step, threshold, heads_total)
     head = head_offset + h
     begin, full, rest, end = key_range(first_query, S, shift, window, BM, BN, CAUSAL, WINDOW, HAS_KEY_MASK)
     if not HAS_KEY_MASK:
         dq = dq_tiles(
             dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, full, rest, full, rest, q_index, q_inside, S, shift, window,
-            scale_log2, cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW, CAPPED,
-            False, False, DROPOUT, RUNS, PRECISION,
+            scale_log2, cap_log2, to_cap, key_mask, drop, keep_scale, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW,
+            CAPPED, False, False, DROPOUT, RUNS, PRECISION,
         )  # fmt: skip
     dq = dq_tiles(
         dq, q, grad, lse, delta, k_at, v_at, k_t, v_t, begin, end - (rest - full), full, rest, q_index, q_inside, S,
-        shift, window, scale_log2, cap_log2, to_cap, key_mask, drop, row, head, QPOS, KPOS, K, D, BN, CAUSAL, WINDOW,
-        CAPPED, True, HAS_KEY_MASK, DROPOUT, RUNS, PRECISION,
+        shift, window, scale_log2, cap_log2, to_cap, key_mask, drop, keep_scale, row, head, QPOS, KPOS, K, D, BN,
+        CAUSAL, WINDOW, CAPPED, True, HAS_KEY_MASK, DROPOUT, RUNS, PRECISION,
     )  # fmt: skip
     tl.store(dq_at + first * dq_t + (m * dq_t + d[None, :]), (dq * scale).to(DQ.dtype.element_ty), mask=whole)

@@ -42,11 +42,8 @@ def bent(scores, cap_log2, to_cap, CAPPED: tl.constexpr):
 def kept(
     drop, row, head, q_index, k_index, k_start, q_inside, k_inside, QPOS, KPOS, BN: tl.constexpr, RUNS: tl.constexpr
 ):
-    """float32 [BM, BN]: 1 / (1 - p) for what dropout keeps, else 0.
-
-    `drop` = (seed, stream, step, threshold, scale, heads).
-    """
-    seed, stream, step, threshold, scale, heads = drop
+    """bool [BM, BN]: what dropout keeps. `drop` = (seed, stream, step, threshold, heads)."""
+    seed, stream, step, threshold, heads = drop
     line = (row * heads + head) << 40
     if RUNS:
         base = line + (q_index.to(tl.int64) << 20)
@@ -55,7 +52,7 @@ def kept(
         q_place = tl.load(QPOS + q_index, mask=q_inside, other=0)
         k_place = tl.load(KPOS + k_index, mask=k_inside, other=0)
         words = words_at(line + (q_place << 20)[:, None] + k_place[None, :], seed, stream, step)
-    return tl.where(words.to(tl.int64) >= threshold, scale, 0.0)
+    return words.to(tl.int64) >= threshold
 
 
 @triton.jit
@@ -87,7 +84,7 @@ def forward_tiles(
     """Rounds first..last into acc [BM, D], total and top [BM]. MASKED: the tiles may hold what is not seen."""
     d = tl.arange(0, D)
     n = tl.arange(0, BN)
-    for number in tl.range(first, last):
+    for number in tl.range(first, last, disable_licm=True):
         start = tile_of(number, full, rest, MASKED) * BN
         k_index = start + n
         k_at = k_base + tl.cast(start, tl.int64) * k_step + (n[None, :] * k_step + d[:, None])
@@ -113,7 +110,8 @@ def forward_tiles(
         fade = tl.exp2(top - reference)
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
-            p = p * kept(drop, row, head, q_index, k_index, start, q_inside, k_index < S, QPOS, KPOS, BN, RUNS)
+            keep = kept(drop, row, head, q_index, k_index, start, q_inside, k_index < S, QPOS, KPOS, BN, RUNS)
+            p = tl.where(keep, p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
     return acc, total, top
@@ -188,7 +186,7 @@ def attention_forward_kernel(
     row = b
     if DROPOUT:
         row = tl.load(ROWS + b)
-    drop = (seed, stream, step, threshold, keep_scale, heads_total)
+    drop = (seed, stream, step, threshold, heads_total)
     head = head_offset + h
     begin, full, rest, end = key_range(first_query, S, shift, window, BM, BN, CAUSAL, WINDOW, HAS_KEY_MASK)
     if not HAS_KEY_MASK:
@@ -206,5 +204,5 @@ def attention_forward_kernel(
     safe = tl.where(nothing, 1.0, total)
     lse = tl.where(nothing, float("-inf"), (top + tl.log2(safe)) * LN2)
     tl.store(l_at + q_index, lse, mask=q_inside)
-    out = acc / safe[:, None]
+    out = acc * ((keep_scale if DROPOUT else 1.0) / safe)[:, None]
     tl.store(o_at + (m * o_t + d[None, :]), out.to(OUT.dtype.element_ty), mask=whole)

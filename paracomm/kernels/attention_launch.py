@@ -16,6 +16,7 @@ from paracomm.kernels.attention_backward_kernels import (
 from paracomm.kernels.attention_forward_kernels import attention_forward_kernel
 from paracomm.kernels.attention_tma import can_tma, forward_tma
 from paracomm.kernels.config import config
+from paracomm.kernels.launch import WIDE, aligned
 from paracomm.kernels.philox import keep_mask_kernel
 from paracomm.kernels.select import arch
 
@@ -44,8 +45,10 @@ def precision(x: Tensor) -> str:
     return "bf16x6" if x.dtype == torch.float32 else "ieee"
 
 
-def last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def like(x: Tensor) -> Tensor:
+    """An empty tensor for a kernel's result of x's shape, its rows aligned as `aligned` has them."""
+    width = -(-x.shape[-1] // WIDE) * WIDE
+    return torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)[..., : x.shape[-1]]
 
 
 class Attention:
@@ -77,20 +80,23 @@ class Attention:
     def strides(self, *tensors: Tensor) -> list[int]:
         return [stride for x in tensors for stride in x.stride()[:3]]
 
+    def row(self, kernel: str) -> dict[str, int]:
+        return config(kernel, arch(self.q), dtype_name(self.q), padded(self.K))
+
     def tuned(self, kernel: str) -> tuple[dict[str, int], dict[str, int]]:
         """(block sizes, warps and stages)."""
-        found = config(kernel, arch(self.q), dtype_name(self.q), padded(self.K))
+        found = self.row(kernel)
         return {key: found[key] for key in ("BM", "BN")}, {"num_warps": found["warps"], "num_stages": found["stages"]}
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: _Options) -> tuple[Tensor, Tensor]:
-    q, k, v = map(last_contiguous, (q, k, v))
-    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
+    q, k, v = map(aligned, (q, k, v))
+    out, lse = like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     a = Attention(q, k, v, o)
     if not out.numel():
-        return out, lse.fill_(-torch.inf)
+        return out.contiguous(), lse.fill_(-torch.inf)
     if not k.shape[2]:
-        return out.zero_(), lse.fill_(-torch.inf)
+        return torch.zeros_like(out, memory_format=torch.contiguous_format), lse.fill_(-torch.inf)
     if can_tma(q, k, v, o):
         return forward_tma(q, k, v, a)
     blocks, options = a.tuned("attention_forward" + a.heavy)
@@ -98,18 +104,18 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: _Options) -> tuple[Tensor
         q, k, v, out, lse, *a.pointers, *a.strides(q, k, v, out), *a.lse_strides, a.H, a.T, a.S, o.window, *a.scales,
         *a.drop, **a.flags, **blocks, **options,
     )  # fmt: skip
-    return out, lse
+    return out.contiguous(), lse
 
 
 def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, o: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, q, k, v, out = map(last_contiguous, (grad, q, k, v, out))
+    grad, q, k, v, out = map(aligned, (grad, q, k, v, out))
     lse = lse.contiguous()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = map(like, (q, k, v))
     a = Attention(q, k, v, o)
     if not q.numel() or not k.numel():
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     blocks, options = a.tuned("attention_delta")
     attention_delta_kernel[(triton.cdiv(q.shape[2], blocks["BM"]), q.shape[0] * a.H)](
@@ -117,16 +123,17 @@ def launch_backward(
         D=a.flags["D"], BM=blocks["BM"], **options,
     )  # fmt: skip
     blocks, options = a.tuned("attention_dkdv" + a.heavy)
-    attention_dkdv_kernel[(triton.cdiv(a.S, blocks["BN"]), a.B * a.G)](
-        q, k, v, grad, lse2, delta, dk, dv, *a.pointers, *a.strides(q, k, v, grad, dk, dv), *a.lse_strides, a.G, a.T,
-        a.S, o.window, o.scale, *a.scales, *a.drop, **a.flags, **blocks, **options,
-    )  # fmt: skip
+    for which in (1, 2) if a.row("attention_dkdv" + a.heavy).get("SPLIT") else (0,):
+        attention_dkdv_kernel[(triton.cdiv(a.S, blocks["BN"]), a.B * a.G)](
+            q, k, v, grad, lse2, delta, dk, dv, *a.pointers, *a.strides(q, k, v, grad, dk, dv), *a.lse_strides, a.G,
+            a.T, a.S, o.window, o.scale, *a.scales, *a.drop, WHICH=which, **a.flags, **blocks, **options,
+        )  # fmt: skip
     blocks, options = a.tuned("attention_dq" + a.heavy)
     attention_dq_kernel[(triton.cdiv(a.T, blocks["BM"]), a.B * a.H)](
         q, k, v, grad, lse2, delta, dq, *a.pointers, *a.strides(q, k, v, grad, dq), *a.lse_strides, a.H, a.T, a.S,
         o.window, o.scale, *a.scales, *a.drop, **a.flags, **blocks, **options,
     )  # fmt: skip
-    return dq, dk, dv
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 def launch_keep_mask(seed: int, stream: int, step: int, base: Tensor, offsets: Tensor, threshold: int) -> Tensor:

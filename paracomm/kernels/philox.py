@@ -15,18 +15,25 @@ def words_at(index, seed, stream, step):
     """uint32 words of the shape of `index` (int64, any values): a Philox block for each element."""
     block = index.to(tl.uint64) >> 2
     lane = (index & 3).to(tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, block.to(tl.uint32), (block >> 32).to(tl.uint32), _same(block, stream), _same(block, step))
+    w0, w1, w2, w3 = _block(block, seed, stream, step)
     return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
 
 
 @triton.jit
 def words_in_runs(base, start, COUNT: tl.constexpr, seed, stream, step):
-    """uint32 words [M, COUNT] of base[m] + start + 0..COUNT-1, all of base + start multiples of 4: a Philox block for four."""
+    """uint32 words [M, COUNT] of base[m] + start + 0..COUNT-1; base + start are multiples of 4: a block for four."""
     index = base[:, None] + (start + 4 * tl.arange(0, COUNT // 4))[None, :]
     block = index.to(tl.uint64) >> 2
-    w0, w1, w2, w3 = tl.philox(seed, block.to(tl.uint32), (block >> 32).to(tl.uint32), _same(block, stream), _same(block, step))
+    w0, w1, w2, w3 = _block(block, seed, stream, step)
     even, odd = tl.join(w0, w2), tl.join(w1, w3)
     return tl.reshape(tl.join(even, odd), (base.shape[0], COUNT))
+
+
+@triton.jit
+def _block(block, seed, stream, step):
+    """The four words of each block."""
+    low, high = block.to(tl.uint32), (block >> 32).to(tl.uint32)
+    return tl.philox(seed, low, high, _same(block, stream), _same(block, step))
 
 
 @triton.jit

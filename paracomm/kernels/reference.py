@@ -106,8 +106,9 @@ def attention_scores(
 
 @torch.no_grad()
 def attention_backward(
-    grad_BHTK: Tensor, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, out_BHTK: Tensor, lse_BHT: Tensor, *, causal: bool,
-    scale: float, window: int | None, softcap: float | None, key_mask: Tensor | None, dropout: Dropout | None,
+    grad_BHTK: Tensor, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, out_BHTK: Tensor, lse_BHT: Tensor, *,
+    causal: bool, scale: float, window: int | None, softcap: float | None, key_mask: Tensor | None,
+    dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) given `out` and `lse` of all keys that the queries look at, of which these may be some."""
     (B, H, T, _), (G, S) = q_BHTK.shape, k_BGSK.shape[1:3]

@@ -23,16 +23,16 @@ MUTANTS = {
     "the last full tile is dropped": (attention_forward, "end = tl.cdiv(S, BN)", "end = tl.cdiv(S, BN) - 1", {}),
     "the wrong key-value head": (attention_forward, "K_ + h // R * k_h", "K_ + h % (H // R) * k_h", CAUSAL),
     "the cap does not bend": (attention_forward, "cap_log2 * tanh(scores * to_cap)", "cap_log2 * (scores * to_cap)", {"softcap": 2.0}),
-    "dropout drops what it should keep": (attention_forward, ">= threshold, scale, 0.0", "< threshold, scale, 0.0", {"dropout": DROP}),
-    "dropout forgets the scale": (attention_forward, ">= threshold, scale, 0.0", ">= threshold, 1.0, 0.0", {"dropout": DROP}),
+    "dropout drops what it should keep": (attention_forward, "words.to(tl.int64) >= threshold", "words.to(tl.int64) < threshold", {"dropout": DROP}),
+    "dropout forgets the scale": (attention_forward, "(keep_scale if DROPOUT else 1.0)", "1.0", {"dropout": DROP}),
     "the key mask is not looked at": (attention_forward, "other=False)[None, :]\n            scores", "other=False)[None, :] | True\n            scores", {"key_mask": MASK}),
     "dk without the scale": (attention_backward, "dk = dk * scale", "dk = dk", {}),
     "dq without the scale": (attention_backward, "(dq * scale).to", "dq.to", {}),
     "delta is not subtracted": (attention_backward, "ds = p * (dp - delta[None, :])", "ds = p * dp", {}),
-    "the cap is not differentiated": (attention_backward, "ds = ds * (1.0 - bend * bend)", "ds = ds", {"softcap": 2.0}),
+    "the cap is not differentiated": (attention_backward, "return 1.0 - bend * bend", "return 1.0 + 0.0 * bend", {"softcap": 2.0}),
     "one head of a group is forgotten": (attention_backward, "R * (last - first)", "(R - 1) * (last - first)", CAUSAL),
     "dkdv begins a tile late": (attention_backward, "begin = tl.minimum(tl.maximum(first_key - shift, 0) // BM, end)", "begin = tl.minimum(tl.maximum(first_key - shift, 0) // BM + 1, end)", CAUSAL),
-    "dropout is not in dv": (attention_backward, "dropped = p * keep", "dropped = p", {"dropout": DROP}),
+    "dropout is not in dv": (attention_backward, "tl.where(keep, p, 0.0) if DROPOUT else p", "p", {"dropout": DROP}),
 }  # fmt: skip
 
 
