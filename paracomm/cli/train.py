@@ -29,6 +29,9 @@ def train(
     clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides weights, data order and dropout.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    kernels: Annotated[
+        str, typer.Option(help="auto, eager (torch's own operations), or triton (refused where they cannot run).")
+    ] = "auto",
     dp: Annotated[
         int | None,
         typer.Option(help="Ranks that share a batch; default: what --cp and --tp leave.", show_default=False),
@@ -90,6 +93,7 @@ def train(
             clip=clip,
             seed=seed,
             dtype=dtype,
+            kernels=kernels,
             data=data,
             name=name,
             runs=runs,

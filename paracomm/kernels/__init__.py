@@ -12,6 +12,7 @@ from paracomm.kernels.attention import (
     keep_mask,
 )
 from paracomm.kernels.cross_entropy import linear_cross_entropy, partial_cross_entropy
+from paracomm.kernels.decode import decode
 from paracomm.kernels.mlp import activate, gated, glu, linear
 from paracomm.kernels.norm import add_norm
 from paracomm.kernels.rotary import rotary
@@ -27,6 +28,7 @@ __all__ = [
     "attention_forward",
     "backend",
     "current",
+    "decode",
     "gated",
     "glu",
     "keep_mask",

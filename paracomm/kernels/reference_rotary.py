@@ -28,7 +28,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotated(grad, *ctx.saved_tensors, not ctx.transposed), None, None, None
+        cosine, sine = ctx.saved_tensors
+        return _rotated(grad, cosine, sine, not ctx.transposed), None, None, None
 
 
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, transposed: bool) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
 from paracomm.errors import InvalidArgument
+from paracomm.kernels import Backend, backend, runs
 from paracomm.models.gpt import GPTConfig
 from paracomm.parallel import Layout
 
@@ -20,7 +21,8 @@ REDUCERS = ("paracomm", "ddp")
 class TrainConfig:
     """One run. `batch` is the global batch in sequences; ranks of dp and accumulation split it evenly.
 
-    Raises InvalidArgument for what cannot be, in a setting or in the layout, as far as it shows without the ranks.
+    Raises InvalidArgument for what cannot be, in a setting or in the layout, as far as it shows without the ranks, and
+    Error for kernels "triton" where they cannot run.
     """
 
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -34,6 +36,7 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
     dtype: str = "float32"
+    kernels: str = "auto"
     data: Path | None = None
     name: str = "gpt"
     runs: Path = Path("runs")
@@ -58,6 +61,11 @@ class TrainConfig:
                 raise InvalidArgument(f"train: {name} is {getattr(self, name)}, expected more than 0")
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"train: dtype is '{self.dtype}', expected one of {', '.join(DTYPES)}")
+        if self.kernels not in get_args(Backend):
+            expected = ", ".join(get_args(Backend))
+            raise InvalidArgument(f"train: kernels is '{self.kernels}', expected one of {expected}")
+        with backend(self.kernel_backend):
+            runs(torch.empty(0, dtype=DTYPES[self.dtype]))
         if self.reducer not in REDUCERS:
             raise InvalidArgument(f"train: reducer is '{self.reducer}', expected one of {', '.join(REDUCERS)}")
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -78,6 +86,10 @@ class TrainConfig:
                 f"train: reducer ddp with {layout}: DistributedDataParallel is plain data parallelism; use reducer "
                 "paracomm"
             )
+
+    @property
+    def kernel_backend(self) -> Backend:
+        return cast("Backend", self.kernels)
 
     @property
     def folder(self) -> Path:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from paracomm import kernels
 from paracomm.errors import Error, InvalidArgument, Mismatch
 from paracomm.models.gpt import GPT
 from paracomm.parallel.bucket import MIB
@@ -184,7 +185,8 @@ def train(config: TrainConfig) -> Result:
     use_one_thread()
     replicas = open_replicas(config.reducer, config.backend, config.layout)
     try:
-        return _train(config, replicas)
+        with kernels.backend(config.kernel_backend):
+            return _train(config, replicas)
     finally:
         replicas.close()
 

@@ -82,6 +82,8 @@ REFUSED = {
     "--hook zip": "hook is 'zip', expected one of allreduce",
     "--hook local_sgd": "hook local_sgd averages models",
     "--recompute all": "recompute is 'all', expected one of none, selective, full",
+    "--kernels cuda": "kernels is 'cuda', expected one of auto, triton, eager",
+    "--kernels triton": "tensors are on cpu, expected a GPU",
     "--precision int8": "precision is 'int8', expected one of bfloat16",
     "--reducer ddp --zero 1": "reducer ddp with zero 1",
     "--reducer ddp --hook int8": "reducer ddp with hook int8",
