@@ -11,11 +11,11 @@ WIDE = 16
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy whose last dimension is contiguous and whose rows begin at multiples of WIDE elements.
 
-    Triton compiles another kernel for strides that are not such multiples; it reads element by element, and its registers
-    spill (statically, sm_90: 1240 bytes a thread for a gated unit). A product's operands are cheap to copy beside that.
+    Triton compiles another kernel for strides that are not such multiples; it reads element by element, and its
+    registers spill (statically, sm_90: 1240 bytes a thread for a gated unit). A product's operands are cheap to copy
+    beside that. An expanded x is copied as well: tensor descriptors are not known to take strides of 0.
     """
-    nbytes = WIDE * x.element_size()
-    if x.stride(-1) == 1 and all(s % WIDE == 0 for s in x.stride()[:-1]) and x.data_ptr() % min(nbytes, 16) == 0:
+    if x.stride(-1) == 1 and all(s > 0 and s % WIDE == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0:
         return x
     width = -(-x.shape[-1] // WIDE) * WIDE
     return x.new_empty(*x.shape[:-1], width)[..., : x.shape[-1]].copy_(x)

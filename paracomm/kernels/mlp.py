@@ -1,8 +1,9 @@
 """The products of an MLP with bias, activation, gate and residual in one kernel, or by their eager twins.
 
-Shapes: x [..., K], weights [N, K] as torch.nn.Linear has them, y [..., N]. Inputs are float32, float16 or bfloat16, all of
-one dtype; products add in float32. The gradient of x of a gated unit is one kernel of two products; gradients of weights
-are one plain product each, for which nothing is fused: torch.matmul, that is cuBLAS. Bits are the same from run to run.
+Shapes: x [..., K], weights [N, K] as torch.nn.Linear has them, y [..., N]. Inputs are float32, float16 or bfloat16, all
+of one dtype; products add in float32. The gradient of x of a gated unit is one kernel of two products, which are added
+before they are rounded; the gradient of x of a linear and those of weights are one plain product each, where there is
+nothing to fuse: torch.matmul, that is cuBLAS. Bits are the same from run to run.
 """
 
 from __future__ import annotations
@@ -167,8 +168,9 @@ _linear_op.register_autograd(_linear_backward, setup_context=_save_linear)
 # --- glu ---
 @_define("glu")
 def _glu_op(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, bias_gate: Tensor | None, bias_up: Tensor | None, activation: str, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, w_gate: Tensor, w_up: Tensor, bias_gate: Tensor | None, bias_up: Tensor | None, activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, gate, up); the last two [0] unless they are kept."""
     if select.runs(x):
         from paracomm.kernels.mlp_launch import launch_glu
@@ -181,8 +183,9 @@ def _glu_op(
 
 @_glu_op.register_fake
 def _(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, bias_gate: Tensor | None, bias_up: Tensor | None, activation: str, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, w_gate: Tensor, w_up: Tensor, bias_gate: Tensor | None, bias_up: Tensor | None, activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty(x.shape[0], w_gate.shape[0])
     return y, *(torch.empty_like(y) if keep else x.new_empty(0) for _ in range(2))  # type: ignore[return-value]
 

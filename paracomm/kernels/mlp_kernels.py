@@ -94,7 +94,7 @@ def linear_kernel(
         x = row_tile(X, x_at, first_m, k, K, BK, TMA, False)
         w = row_tile(W, w_at, first_n, k, K, BK, TMA, False)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-    if not TMA:
+    if not TMA:  # noqa: SIM102 - decided when it is compiled, unlike the other
         if end < K:
             x = row_tile(X, x_at, first_m, end, K, BK, TMA, True)
             w = row_tile(W, w_at, first_n, end, K, BK, TMA, True)
@@ -132,7 +132,7 @@ def glu_kernel(
         u = row_tile(WU, u_at, first_n, k, K, BK, TMA, False)
         gate = tl.dot(x, tl.trans(g), gate, input_precision=PRECISION)
         up = tl.dot(x, tl.trans(u), up, input_precision=PRECISION)
-    if not TMA:
+    if not TMA:  # noqa: SIM102 - decided when it is compiled, unlike the other
         if end < K:
             x = row_tile(X, x_at, first_m, end, K, BK, TMA, True)
             g = row_tile(WG, g_at, first_n, end, K, BK, TMA, True)
@@ -171,7 +171,7 @@ def sum_kernel(
         b = row_tile(B, b_at, first_m, k, K, BK, TMA, False)
         w = column_tile(W, w_at, first_n, k, K, w_k, BK, TMA, False)
         acc = tl.dot(b, w, acc, input_precision=PRECISION)
-    if not TMA:
+    if not TMA:  # noqa: SIM102 - decided when it is compiled, unlike the other
         if end < K:
             a = row_tile(A, a_at, first_m, end, K, BK, TMA, True)
             v = column_tile(V, v_at, first_n, end, K, v_k, BK, TMA, True)

@@ -1,4 +1,4 @@
-"""The MLP's operations by their eager twins, which is what runs on a CPU; torch.compile and opcheck; what is refused."""
+"""The MLP's operations by their eager twins, which run on a CPU; torch.compile and opcheck; what is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_the_operations_are_the_twins(activation: str | None) -> None:
 def test_twins_are_torchs_own() -> None:
     x, w, v, _, _, r = inputs()
     assert torch.equal(mlp.linear(x, w), F.linear(x, w))
-    assert torch.equal(mlp.linear(x, w, activation="gelu_tanh", residual=r), F.gelu(F.linear(x, w), approximate="tanh") + r)
+    assert torch.equal(
+        mlp.linear(x, w, activation="gelu_tanh", residual=r), F.gelu(F.linear(x, w), approximate="tanh") + r
+    )
     assert torch.equal(mlp.glu(x, w, v), F.silu(F.linear(x, w)) * F.linear(x, v))
 
 
@@ -71,7 +73,9 @@ def test_torch_compile_sees_through() -> None:
         return mlp.linear(mlp.glu(x, w, v), w.t().contiguous(), activation="gelu")
 
     def by_operations(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
-        return mlp._linear_op(mlp._glu_op(x, w, v, None, None, "silu", True)[0], w.t().contiguous(), None, "gelu", None, True)[0]
+        return mlp._linear_op(
+            mlp._glu_op(x, w, v, None, None, "silu", True)[0], w.t().contiguous(), None, "gelu", None, True
+        )[0]
 
     for function in (forward, by_operations):
         x, w, v, *_ = inputs()
@@ -89,7 +93,10 @@ REFUSALS: list[tuple[Any, str]] = [
     (lambda x, w, b, r: mlp.linear(x, w[:, :3]), r"weight \[8, 3\]"),
     (lambda x, w, b, r: mlp.linear(x, w.double()), "torch.float64"),
     (lambda x, w, b, r: mlp.linear(x, w, b[:3]), r"bias \[3\]"),
-    (lambda x, w, b, r: mlp.linear(x, w, b, "swish"), "activation is 'swish', expected one of gelu, gelu_tanh, relu, silu"),
+    (
+        lambda x, w, b, r: mlp.linear(x, w, b, "swish"),
+        "activation is 'swish', expected one of gelu, gelu_tanh, relu, silu",
+    ),
     (lambda x, w, b, r: mlp.linear(x, w, residual=r[:2]), r"residual \[2, 8\]"),
     (lambda x, w, b, r: mlp.glu(x, w, w[:4]), "expected as large"),
     (lambda x, w, b, r: mlp.glu(x, w, w, b), "both or none"),

@@ -19,12 +19,12 @@ OTHER = TILES | {"BM": 32, "BN": 32, "GROUP": 3}
 DESCRIBED = OTHER | {"BK": 32, "TMA": 1}
 """By tensor descriptors."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SIZES = [(37, 50, 40), (16, 32, 48), (1, 5, 7), (64, 16, 33), (3, 100, 16)]
+SIZES = [(37, 41, 40), (16, 32, 48), (1, 5, 7), (64, 16, 33), (3, 100, 16)]
 """(M, N, K)"""
 
 
 def configs(row: dict[str, int]) -> dict[str, dict[str, int]]:
-    return {name: row for name in ("linear", "glu", "sum")}
+    return dict.fromkeys(("linear", "glu", "sum"), row)
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -36,7 +36,14 @@ def eager_activation(name: str | None) -> Callable[[Tensor], Tensor]:
     return (lambda x: x) if name is None else ACTIVATIONS[name]
 
 
-def check_linear(size: tuple[int, int, int], activation: str | None, bias: bool, residual: bool, dtype: torch.dtype, row: dict[str, int] = TILES) -> None:  # noqa: E501
+def check_linear(
+    size: tuple[int, int, int],
+    activation: str | None,
+    bias: bool,
+    residual: bool,
+    dtype: torch.dtype,
+    row: dict[str, int] = TILES,
+) -> None:
     M, N, K = size
     inputs = tensors((M, K), (N, K), *([(N,)] if bias else []), *([(M, N)] if residual else []))
     inputs[1] /= K**0.5
@@ -55,7 +62,9 @@ def check_linear(size: tuple[int, int, int], activation: str | None, bias: bool,
     twice(interpreted(ours, **configs(row)), eager, inputs, dtype)
 
 
-def check_glu(size: tuple[int, int, int], activation: str, bias: bool, dtype: torch.dtype, row: dict[str, int] = TILES) -> None:
+def check_glu(
+    size: tuple[int, int, int], activation: str, bias: bool, dtype: torch.dtype, row: dict[str, int] = TILES
+) -> None:
     M, N, K = size
     inputs = tensors((M, K), (N, K), (N, K), *([(N,), (N,)] if bias else []))
     inputs[1] /= K**0.5
@@ -77,7 +86,10 @@ def check_gated(activation: str, dtype: torch.dtype) -> None:
 
 
 def check_active(activation: str, dtype: torch.dtype) -> None:
-    wide = [torch.cat([x * 2, torch.tensor([-30.0, -9.0, -3.0, -1e-3, 0.0, 1e-3, 0.29, 0.31, 3.0, 9.0, 30.0]).double()]) for x in tensors((1500,))]
+    wide = [
+        torch.cat([x * 2, torch.tensor([-30.0, -9.0, -3.0, -1e-3, 0.0, 1e-3, 0.29, 0.31, 3.0, 9.0, 30.0]).double()])
+        for x in tensors((1500,))
+    ]
     twice(interpreted(lambda x: mlp.activate(x, activation)), ACTIVATIONS[activation], wide, dtype)
 
 
@@ -103,7 +115,7 @@ GLUS: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize("case", [LINEARS[1], LINEARS[3], LINEARS[5]], ids=str)
 def test_linear(case: tuple[Any, ...]) -> None:
-    check_linear(*case, torch.bfloat16)
+    check_linear(*case, torch.bfloat16, OTHER)
 
 
 @pytest.mark.parametrize("case", [GLUS[0], GLUS[1]], ids=str)
@@ -114,7 +126,9 @@ def test_glu(case: tuple[Any, ...]) -> None:
 def test_by_tensor_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     described = []
     original = mlp_launch.TensorDescriptor.from_tensor
-    monkeypatch.setattr(mlp_launch.TensorDescriptor, "from_tensor", lambda x, block: described.append(block) or original(x, block))
+    monkeypatch.setattr(
+        mlp_launch.TensorDescriptor, "from_tensor", lambda x, block: described.append(block) or original(x, block)
+    )
     check_linear(*LINEARS[-1], torch.bfloat16, DESCRIBED)
     check_glu(*GLUS[-1], torch.bfloat16, DESCRIBED)
     assert len(described) == 2 + 3 + 4
@@ -144,8 +158,28 @@ def test_any_leading_shape_and_strides() -> None:
         assert y.shape == (3, 2, 4, 10)
         torch.testing.assert_close(y, F.silu(F.linear(x.transpose(0, 1), w)), rtol=1e-5, atol=1e-5)
         assert mlp.glu(x[:0], w, w).shape == (0, 3, 4, 10)
-        sliced = torch.randn(7, 48)[:, ::2]
-        torch.testing.assert_close(mlp.linear(sliced, w), F.linear(sliced, w), rtol=1e-5, atol=1e-5)
+        bias = tensors((20,))[0].float()[::2]
+        others = torch.randn(7, 48)[:, ::2], torch.randn(24).expand(7, 24)
+        for row in (TILES, DESCRIBED):
+            for each in others:
+                with config.override(**configs(row)):
+                    found = mlp.linear(each, w, bias), mlp.glu(each, w, w, bias, bias, "relu")
+                y = F.linear(each, w, bias)
+                torch.testing.assert_close(found, (y, F.relu(y) * y), rtol=1e-5, atol=1e-5)
+
+
+def test_descriptors_have_no_strides_of_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    strides = []
+    original = mlp_launch.TensorDescriptor.from_tensor
+
+    def described(x: Tensor, block: list[int]) -> Any:
+        strides.append(x.stride())
+        return original(x, block)
+
+    monkeypatch.setattr(mlp_launch.TensorDescriptor, "from_tensor", described)
+    with select.backend("triton"), config.override(**configs(DESCRIBED)):
+        mlp.linear(torch.randn(32).expand(7, 32), torch.randn(16, 32))
+    assert strides == [(32, 1), (32, 1)]
 
 
 def test_only_what_is_needed_is_kept() -> None:
