@@ -25,9 +25,11 @@ from paracomm.kernels.attention_forward_kernels import LN2, LOG2E, bent
 def decode_kernel(
     Q, K_, V, LENGTHS, OUT, LSE, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, S, window, scale_log2, cap_log2,
     to_cap, R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
-    CAPPED: tl.constexpr,
+    CAPPED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """OUT [B, H, T, parts, K], LSE [B, H, T, parts]; a part without keys writes 0 and -inf."""
+    """OUT [B, H, T, parts, K], LSE [B, H, T, parts]; a part without keys writes 0 and -inf. Strides of keys and values
+    are in UNITs: with 8 it is seen that 16 bytes may be read at a time."""
+    k_b, k_h, k_t, v_b, v_h, v_t = k_b * UNIT, k_h * UNIT, k_t * UNIT, v_b * UNIT, v_h * UNIT, v_t * UNIT
     part, parts = tl.program_id(0), tl.num_programs(0)
     b = (tl.program_id(1) // (H // R)).to(tl.int64)
     g = tl.program_id(1) % (H // R)

@@ -20,6 +20,10 @@ CHUNK = 16
 BLOCKS = 2
 """Programs that a multiprocessor should have to read at full speed."""
 
+UNIT = 8
+"""Elements that strides of a cache are multiples of, where it can be read 16 bytes at a time. Other caches are read
+element by element, in smaller tiles, since a copy would cost more than reading."""
+
 
 def processors(x: Tensor) -> int:
     """Multiprocessors of its GPU; interpreted, those of a small one."""
@@ -43,7 +47,10 @@ def launch_decode(
         return out, lse.fill_(-torch.inf)
     if not S:
         return out.zero_(), lse.fill_(-torch.inf)
-    row = config("decode", arch(q), dtype_name(q), padded(K))
+    strides = [*k.stride()[:3], *v.stride()[:3]]
+    even = all(stride % UNIT == 0 for stride in strides) and all(x.data_ptr() % 16 == 0 for x in (k, v))
+    unit = UNIT if even else 1
+    row = config("decode" if unit == UNIT else "decode_odd", arch(q), dtype_name(q), padded(K))
     BM, BN = row["BM"], row["BN"]
     blocks = triton.cdiv(H // G * T, BM)
     seen = S if window < 0 else min(S, window + T - 1 + BN)
@@ -55,8 +62,8 @@ def launch_decode(
     capped = softcap != 0.0
     scales = (1.0, softcap * LOG2E, scale / softcap) if capped else (scale * LOG2E, 1.0, 1.0)
     decode_kernel[(parts, B * G, blocks)](
-        q, k, v, lengths, results, sums, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, T, S, window, *scales,
-        R=H // G, K=K, D=padded(K), BM=BM, BN=BN, WINDOW=window > 0, CAPPED=capped,
+        q, k, v, lengths, results, sums, *q.stride()[:3], *(stride // unit for stride in strides), H, T, S, window,
+        *scales, R=H // G, K=K, D=padded(K), BM=BM, BN=BN, WINDOW=window > 0, CAPPED=capped, UNIT=unit,
         num_warps=row["warps"], num_stages=row["stages"],
     )  # fmt: skip
     if parts > 1:

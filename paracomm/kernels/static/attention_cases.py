@@ -147,30 +147,34 @@ def tma_cases(arch: int) -> Iterator[Case]:
 DECODE_VARIANTS: dict[str, dict[str, Any]] = {
     "softcap window": {"WINDOW": True, "CAPPED": True},
     "plain": {},
+    ODD: {"WINDOW": True, "CAPPED": True},
 }
 
 
-def decode_case(variant: str, dtype: str, size: int, row: dict[str, int]) -> Case:
+def decode_case(kernel: str, variant: str, dtype: str, size: int, row: dict[str, int]) -> Case:
     """For a head size of `size` and four query heads to a key-value head. Not called a product: reading bounds it, and
     its 16 rows are too few for a warp group's."""
     fn = decode_kernels.decode_kernel
-    constants = {
-        "R": 4, "K": size, "D": size, "BM": row["BM"], "BN": row["BN"], "WINDOW": False, "CAPPED": False,
-        **DECODE_VARIANTS[variant],
+    constants: dict[str, Any] = {
+        "R": 4, "K": size - 24 if variant == ODD else size, "D": size, "BM": row["BM"], "BN": row["BN"],
+        "WINDOW": False, "CAPPED": False, "UNIT": 8 if kernel == "decode" else 1, **DECODE_VARIANTS[variant],
     }  # fmt: skip
     types = {
         **dict.fromkeys(("Q", "K_", "V"), POINTERS[dtype]), **dict.fromkeys(("OUT", "LSE"), "*fp32"), "LENGTHS": "*i32",
         **dict.fromkeys(("scale_log2", "cap_log2", "to_cap"), "fp32"),
     }  # fmt: skip
     types |= {name: "i32" for name in fn.arg_names if name not in constants and name not in types}
-    name = f"decode {variant} {dtype} {size}"
-    return Case(name, fn, types, constants, row["warps"], row["stages"], unaligned=frozenset(SIZES))
+    numbers = {name for name in types if types[name] == "i32"}
+    anywhere = set(types) if kernel == "decode_odd" else numbers if variant == ODD else SIZES
+    name = f"{kernel} {variant} {dtype} {size}"
+    return Case(name, fn, types, constants, row["warps"], row["stages"], unaligned=frozenset(anywhere))
 
 
 def decode_cases(arch: int) -> Iterator[Case]:
-    for dtype, rows in table(arch).get("decode", {}).items():
-        for size, row in rows.items():
-            yield from (decode_case(variant, dtype, int(size), row) for variant in DECODE_VARIANTS)
+    for kernel, variants in (("decode", list(DECODE_VARIANTS)), ("decode_odd", [ODD])):
+        for dtype, rows in table(arch)[kernel].items():
+            for size, row in rows.items():
+                yield from (decode_case(kernel, variant, dtype, int(size), row) for variant in variants)
     for K in (64, 256):
         yield Case(
             f"decode_merge {K}", decode_kernels.merge_kernel,
