@@ -188,7 +188,7 @@ def _kernel_options(
         from_0 = all(torch.equal(positions, torch.arange(len(positions))) for positions in places)
         options["dropout"] = kernels.Dropout(
             place.seed, place.step, rule.dropout.stream, rule.dropout.p, rows_B, heads,
-            *(None if from_0 else positions.to(q.device) for positions in places),
+            *(None if from_0 else positions.to(q.device, non_blocking=True) for positions in places),
         )  # fmt: skip
     return options
 
@@ -225,7 +225,7 @@ def _scores(
     scores_BHTS = scores.mul_(rule.scale).view(*q_BHTK.shape[:3], k_BGSK.shape[2])
     if seen in ("diagonal", "end", "some"):
         hidden_TS = k_positions_S > q_positions_T[:, None]
-        scores_BHTS.masked_fill_(hidden_TS.to(scores.device), -torch.inf)
+        scores_BHTS.masked_fill_(hidden_TS.to(scores.device, non_blocking=True), -torch.inf)
     elif seen == "none":
         scores_BHTS.fill_(-torch.inf)
     if key_mask_BS is not None:
@@ -240,8 +240,9 @@ def _keep(rule: Rule, like_BHTS: Tensor, q_positions_T: Tensor, k_positions_S: T
     device = like_BHTS.device
     heads_H = torch.arange(head_offset, head_offset + like_BHTS.shape[1], device=device)
     lines_BH = _rows(rule, like_BHTS)[:, None] * heads_total + heads_H
-    base_BHT = (lines_BH[:, :, None] << 2 * POSITION_BITS) + (q_positions_T.to(device) << POSITION_BITS)
-    keep_BHTS = rng.keep_mask(stream, base_BHT, k_positions_S.to(device), p, rule.place)
+    q_positions_T, k_positions_S = (x.to(device, non_blocking=True) for x in (q_positions_T, k_positions_S))
+    base_BHT = (lines_BH[:, :, None] << 2 * POSITION_BITS) + (q_positions_T << POSITION_BITS)
+    keep_BHTS = rng.keep_mask(stream, base_BHT, k_positions_S, p, rule.place)
     return keep_BHTS.to(like_BHTS.dtype).mul_(1 / (1 - p))
 
 

@@ -71,7 +71,8 @@ class Place:
         if device.type == "cpu":
             return self.rows, self.positions
         if device not in self._copies:
-            self._copies[device] = self.rows.to(device), self.positions.to(device)
+            rows, positions = (x.to(device, non_blocking=True) for x in (self.rows, self.positions))
+            self._copies[device] = rows, positions
         return self._copies[device]
 
 

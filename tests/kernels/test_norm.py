@@ -46,8 +46,16 @@ def test_is_torchs_own() -> None:
     normed, total = add_norm(x, residual, weight, bias, eps=1e-6, kind="layer")
     assert torch.equal(total, x + residual)
     assert torch.equal(normed, F.layer_norm(x + residual, (12,), weight, bias, 1e-6))
+
+
+def test_rms_is_torchs_own_to_rounding() -> None:
+    x, _, weight, _ = inputs()
     normed, total = add_norm(x, None, weight, eps=1e-6)
-    assert total is x and torch.equal(normed, F.rms_norm(x, (12,), weight, 1e-6))
+    exact = F.rms_norm(x, (12,), weight, 1e-6)
+    assert total is x
+    torch.testing.assert_close(normed, exact)
+    found, expected = (torch.autograd.grad(y.sin().sum(), (x, weight)) for y in (normed, exact))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("layer", [False, True])
