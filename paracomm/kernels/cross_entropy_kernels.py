@@ -33,7 +33,7 @@ from paracomm.kernels.activation import tanh
 from paracomm.kernels.attention_forward_kernels import LOG2E
 from paracomm.kernels.attention_launch import dtype_name, precision
 from paracomm.kernels.config import config
-from paracomm.kernels.launch import aligned
+from paracomm.kernels.launch import WIDE, aligned
 from paracomm.kernels.select import arch
 
 PARTS = 32
@@ -172,24 +172,24 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweight, dbias or an empty tensor)."""
     (N, D), V = x.shape, len(weight)
-    dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     dbias = weight.new_zeros(0 if bias is None else V)
-    dx = torch.zeros(N, D, dtype=torch.float32, device=x.device)
     if not N or not V:
-        return dx.to(x.dtype), dweight, dbias
+        return torch.zeros_like(x), torch.zeros_like(weight), dbias
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    dx = torch.zeros(N, D, dtype=torch.float32, device=x.device)
     x, weight = map(aligned, (x, weight))
     bias = None if bias is None else bias.contiguous()
     row, shared = _shared(x, weight, bias, softcap, "cross_entropy_backward")
     rows = [t.contiguous() for t in (targets, lse, rest, dlse, dlogit)]
     chunk = min(V, row.get("chunk", triton.cdiv(max(2 * D, 2048), row["BN"]) * row["BN"]))
-    buffer = torch.empty(N, chunk, dtype=x.dtype, device=x.device)
+    buffer = torch.empty(N, triton.cdiv(chunk, WIDE) * WIDE, dtype=x.dtype, device=x.device)
     for first in range(0, V, chunk):
         own = weight[first : first + chunk]
         C = len(own)
         dlogits = buffer[:, :C]
         cross_entropy_backward_kernel[(triton.cdiv(N, row["BM"]), triton.cdiv(C, row["BN"]))](
-            x, own, None if bias is None else bias[first : first + C], *rows, dlogits, d_n=chunk, first=first, V=C,
-            **shared,
+            x, own, None if bias is None else bias[first : first + C], *rows, dlogits, d_n=buffer.stride(0), first=first,
+            V=C, **shared,
         )  # fmt: skip
         if x.dtype == torch.float32:
             dx.addmm_(dlogits, own)
