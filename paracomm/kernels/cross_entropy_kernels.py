@@ -188,8 +188,8 @@ def launch_backward(
         C = len(own)
         dlogits = buffer[:, :C]
         cross_entropy_backward_kernel[(triton.cdiv(N, row["BM"]), triton.cdiv(C, row["BN"]))](
-            x, own, None if bias is None else bias[first : first + C], *rows, dlogits, d_n=buffer.stride(0), first=first,
-            V=C, **shared,
+            x, own, None if bias is None else bias[first : first + C], *rows, dlogits, d_n=buffer.stride(0),
+            first=first, V=C, **shared,
         )  # fmt: skip
         if x.dtype == torch.float32:
             dx.addmm_(dlogits, own)
