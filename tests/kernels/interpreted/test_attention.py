@@ -1,4 +1,4 @@
-"""Attention's kernels under the law of twice, over tiles of 16 so that small shapes have full, masked and ragged ones."""
+"""Attention's kernels under the law of twice, over tiles of 16: small shapes have full, masked and ragged ones."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from paracomm.kernels.attention import Dropout, attention, attention_backward, keep_mask
 from paracomm.kernels import config, reference, select
+from paracomm.kernels.attention import (
+    Dropout,
+    _backward_op,
+    _forward_op,
+    _Options,
+    attention,
+    attention_backward,
+    keep_mask,
+)
 from tests.kernels.law import interpreted, twice
 
 SMALL = {"BM": 16, "BN": 16, "warps": 4, "stages": 1}
 WIDE = SMALL | {"BM": 32}
 TALL = SMALL | {"BN": 32}
+APART = SMALL | {"SPLIT": 1}
+"""dk and dv by a program each."""
 
 
 def configs(row: dict[str, int]) -> dict[str, dict[str, int]]:
     names = ("attention_forward", "attention_dkdv", "attention_dq")
-    return {name: row for name in (*names, *(f"{name}_heavy" for name in names), "attention_delta")}
+    return dict.fromkeys((*names, *(f"{name}_heavy" for name in names), "attention_delta"), row)
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,8 @@ class Shape:
 
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" if isinstance(v, (int, float)) else k for k, v in self.options.items())
-        return f"{self.T}x{self.S} K{self.K} H{self.H}/{self.G} {self.row['BM']}x{self.row['BN']} {options}"
+        row = f"{self.row['BM']}x{self.row['BN']}" + " apart" * self.row.get("SPLIT", 0)
+        return f"{self.T}x{self.S} K{self.K} H{self.H}/{self.G} {row} {options}"
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -112,9 +123,11 @@ SHAPES = [
     Shape(37, 37, options={"key_mask": MASK}),
     Shape(37, 37, options={"key_mask": MASK, "causal": True}, row=TALL),
     Shape(37, 37, options={"key_mask": MASK, "window": 9, "softcap": 3.0}),
+    Shape(37, 40, H=4, G=2, options={"causal": True}, row=APART),
+    Shape(37, 37, options={"dropout": DROP, "softcap": 2.0, "causal": True, "window": 20}, row=APART),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-QUICK = (0, 4, 5, 8, 9, 13, 17, 19, 22, 27, 31)
+QUICK = (0, 4, 5, 8, 9, 13, 17, 19, 22, 27, 31, 32, 33)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in QUICK], ids=str)
@@ -167,9 +180,7 @@ def test_a_block_of_keys_given_the_lse_of_all() -> None:
     with select.backend("triton"), config.override(**configs(SMALL)):
         out, lse = attention(q, k, v)
         whole = attention_backward(grad, q, k, v, out, lse)
-        parts = [
-            attention_backward(grad, q, k[:, :, s], v[:, :, s], out, lse) for s in (slice(0, 24), slice(24, 40))
-        ]
+        parts = [attention_backward(grad, q, k[:, :, s], v[:, :, s], out, lse) for s in (slice(0, 24), slice(24, 40))]
     with select.backend("eager"):
         twins = [attention_backward(grad, q, k[:, :, s], v[:, :, s], out, lse) for s in (slice(0, 24), slice(24, 40))]
     torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0], rtol=0, atol=2e-6)
@@ -225,3 +236,27 @@ def test_keep_mask_is_that_of_the_twin(seed: int) -> None:
     with select.backend("triton"):
         ours = keep_mask(seed, 0xFFFFFFFF, 12, base, offsets, 0.3)
     assert torch.equal(ours, reference.keep_mask(seed, 0xFFFFFFFF, 12, base, offsets, round(0.3 * 2**32)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"causal": True, "dropout": DROP, "softcap": 2.0}], ids=["plain", "dropout"])
+def test_opcheck(options: dict[str, Any]) -> None:
+    """Results are contiguous, whatever the strides that kernels wrote with (K 24: rows of 32)."""
+    q, k, v = (x.float().requires_grad_() for x in Shape(20, 20, K=24, H=4, options={}).inputs())
+    given = {"causal": False, **options}
+    names = ("causal", "scale", "window", "softcap", "key_mask", "dropout")
+    arguments = _Options.of(q, k, v, *(given.get(name) for name in names)).flat()
+    with select.backend("triton"), config.override(**configs(SMALL)):
+        torch.library.opcheck(_forward_op, (q, k, v, *arguments))
+        q, k, v = (x.detach() for x in (q, k, v))
+        out, lse = _forward_op(q, k, v, *arguments)
+        torch.library.opcheck(_backward_op, (torch.randn(out.shape), q, k, v, out, lse, *arguments))
+
+
+def test_dropouts_bits_are_those_of_the_twin() -> None:
+    """With v the unit matrix and all scores equal, out shows which elements are kept: in runs and by positions."""
+    zero = torch.zeros(2, 2, 16, 16)
+    for drop in (DROP, replace(DROP, q_positions=torch.arange(16) * 7, k_positions=torch.arange(16).flip(0) * 3)):
+        with select.backend("triton"), config.override(**configs(SMALL)):
+            out, _ = attention(zero, zero, torch.eye(16).expand(2, 2, 16, 16), dropout=drop)
+        assert torch.equal(out != 0, reference.attention_keep(drop, 2, 2, 16, 16))
