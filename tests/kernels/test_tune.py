@@ -88,9 +88,16 @@ def test_the_best_is_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 KERNELS = ("attention_forward", "attention_dkdv", "attention_dq", "attention_dkdv_heavy")
 
 
-@pytest.mark.parametrize(("kernel", "size"), [*itertools.product(KERNELS, (64, 128, 256))])
-def test_candidates_of_attention(kernel: str, size: int) -> None:
-    check_rows(attention_rows(kernel, size, 2), {"BM", "BN", "warps", "stages"})
+@pytest.mark.parametrize(("arch", "kernel", "size"), [*itertools.product(ARCHES, KERNELS, (64, 128, 256))])
+def test_candidates_of_attention(arch: int, kernel: str, size: int) -> None:
+    check_rows(attention_rows(kernel, size, 2, arch), {"BM", "BN", "warps", "stages"})
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_rows_of_attention_that_are_shipped_are_candidates(arch: int) -> None:
+    for kernel, dtype, size, rows, _ in tune.jobs(arch):
+        if kernel.startswith("attention"):
+            assert config.table(arch)[kernel][dtype][str(size)] in list(rows), f"{kernel} {dtype} {size}"
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [*itertools.product(ARCHES, ("bfloat16", "float32"))])

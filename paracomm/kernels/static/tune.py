@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from paracomm.errors import Error
+from paracomm.kernels.attention import WIDEST_FLOAT32
 from paracomm.kernels.static.attention_cases import ATTENTION, HEAD_SIZES, attention_cases
 from paracomm.kernels.static.case import Case
 from paracomm.kernels.static.compile import compile_case
 from paracomm.kernels.static.model import estimate, fits, occupancy
 from paracomm.kernels.static.product_cases import PRODUCTS, product_cases
+from paracomm.kernels.static.sass import parse
 
 Row = dict[str, int]
 TABLES = Path(__file__).resolve().parent.parent / "tables"
@@ -34,28 +36,34 @@ class Candidate:
     serial: float
     blocks: int
 
-    def rank(self) -> tuple[bool, float, int, int]:
-        """Loads ahead come first: the model sees no latency of memory."""
+    def rank(self) -> tuple[bool, bool, float, int, int]:
+        """What has dk and dv at once comes first, then loads ahead: the model sees no latency of memory."""
         work = self.row.get("BM", 1) * self.row.get("BN", 1)
-        return self.row["stages"] > 1, round(self.serial, 2), work, self.blocks
+        return "SPLIT" not in self.row, self.row["stages"] > 1, round(self.serial, 2), work, self.blocks
 
 
-def accumulators(kernel: str, BM: int, BN: int, size: int) -> int:
-    """float32 that a program of attention holds between products."""
+def accumulators(kernel: str, BM: int, BN: int, size: int, apart: bool = False) -> int:
+    """float32 that a program of attention holds between products; `apart`: one of dk and dv."""
     if "dkdv" in kernel:
-        return 2 * BN * size + 2 * BN * BM
+        return (1 if apart else 2) * BN * size + 2 * BN * BM
     return BM * size + (2 if "dq" in kernel else 1) * BM * BN
 
 
-def attention_rows(kernel: str, size: int, nbytes: int) -> Iterator[Row]:
-    """For head size `size` of elements of `nbytes`, large tiles first; those are left out that cannot fit registers."""
-    sides = (128, 64, 32, 16)
+def attention_rows(kernel: str, size: int, nbytes: int, arch: int) -> Iterator[Row]:
+    """For head size `size` of elements of `nbytes`, large tiles first; those are left out that cannot fit registers.
+
+    dk and dv are computed apart (SPLIT: more products, fewer registers) only where no row has both.
+    """
+    sides, most = (128, 64, 32, 16), 144 if kernel.endswith("_heavy") else 176
     order = sorted(itertools.product(sides, sides), key=lambda sides: (-sides[0] * sides[1], abs(sides[0] - sides[1])))
-    for depths in ((2, 3), (1,)):
+    for apart, depths in itertools.product((False, True) if "dkdv" in kernel else (False,), ((2, 3), (1,))):
         for (BM, BN), warps, stages in itertools.product(order, (8, 4), depths):
-            of_thread = accumulators(kernel, BM, BN, size) / (32 * warps)
-            if 8 <= of_thread <= 224 and stages * 2 * min(BM, BN) * size * nbytes <= 160 * 1024:
-                yield {"BM": BM, "BN": BN, "warps": warps, "stages": stages}
+            of_thread = accumulators(kernel, BM, BN, size, apart) / (32 * warps)
+            # A warp group's products have 64 rows.
+            if arch >= 90 and (BN if "dkdv" in kernel else BM) < 64:
+                continue
+            if 8 <= of_thread <= most and stages * 2 * min(BM, BN) * size * nbytes <= 160 * 1024:
+                yield {"BM": BM, "BN": BN, "warps": warps, "stages": stages} | ({"SPLIT": 1} if apart else {})
 
 
 def product_rows(arch: int, dtype: str) -> Iterator[Row]:
@@ -73,7 +81,7 @@ def judge(cases: list[Case], arch: int, row: Row) -> Candidate | None:
             binary = compile_case(case, arch)
         except Error:
             return None
-        if fits(binary) is not None:
+        if fits(binary) is not None or (case.matmul and arch >= 90 and "HGMMA" not in parse(binary.code).mix):
             return None
         found = estimate(binary)
         serial = min(serial, found.serial if found is not None else 0.0)
@@ -111,11 +119,13 @@ def jobs(arch: int) -> Iterator[tuple[str, str, int, Iterable[Row], Callable[[Ro
     for kernel in ATTENTION:
         for dtype, nbytes in (("bfloat16", 2), ("float32", 4)):
             for size in HEAD_SIZES:
+                if dtype == "float32" and size > WIDEST_FLOAT32:
+                    continue
                 yield (
                     kernel,
                     dtype,
                     size,
-                    attention_rows(kernel, size, nbytes),
+                    attention_rows(kernel, size, nbytes, arch),
                     partial(attention_cases, kernel, dtype, size),
                 )
     for kernel in PRODUCTS:
