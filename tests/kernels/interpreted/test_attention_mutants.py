@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,6 +83,11 @@ MUTANTS = {
 }
 
 
+def shape(options: dict[str, Any]) -> Shape:
+    batch = 2 if {"dropout", "key_mask"} & set(options) else 1
+    return Shape(37, 37, H=4, G=2, B=batch, options=options, row=SMALL)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_kernel_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, old, new, options = MUTANTS[name]
@@ -91,9 +98,9 @@ def test_a_wrong_kernel_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for kernel in ("attention_dkdv_kernel", "attention_dq_kernel"):
         monkeypatch.setattr(attention_launch, kernel, getattr(backward, kernel))
     with pytest.raises(AssertionError, match="error"):
-        check(Shape(37, 37, H=4, G=2, B=2, options=options, row=SMALL), torch.float32)
+        check(shape(options), torch.float32)
 
 
 def test_the_right_kernel_passes() -> None:
     for options in {str(options): options for _, _, _, options in MUTANTS.values()}.values():
-        check(Shape(37, 37, H=4, G=2, B=2, options=options, row=SMALL), torch.float32)
+        check(shape(options), torch.float32)
