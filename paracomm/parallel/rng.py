@@ -11,6 +11,7 @@ Shapes: B samples and T positions of this rank, D features.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,11 @@ class Place:
                 raise InvalidArgument(f"Place: {name} is {found.dtype} {tuple(found.shape)}, expected int64 [n]")
             if found.device.type != "cpu":
                 raise InvalidArgument(f"Place: {name} is on {found.device}, expected the CPU")
+
+    @functools.cached_property
+    def rises(self) -> bool:
+        """Whether each position is above the one before it."""
+        return bool((self.positions.diff() > 0).all())
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(rows, positions) on `device`, sent there once."""
