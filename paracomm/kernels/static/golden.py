@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,12 +78,12 @@ def complaints(name: str, arch: int, found: Figures) -> list[str]:
     return wrong
 
 
-def all_figures(names: Iterable[tuple[str, int]], jobs: int) -> list[tuple[str, int, Figures]]:
-    """Of (name, arch) each, compiled by `jobs` processes."""
+def all_figures(names: Iterable[tuple[str, int]], jobs: int) -> Iterator[tuple[str, int, Figures]]:
+    """Of (name, arch) each, in order, compiled by `jobs` processes."""
     wanted = list(names)
     with ProcessPoolExecutor(jobs) as pool:
-        found = list(pool.map(figures_of, *zip(*wanted, strict=True), chunksize=4))
-    return [(name, arch, figures) for (name, arch), figures in zip(wanted, found, strict=True)]
+        for (name, arch), figures in zip(wanted, pool.map(figures_of, *zip(*wanted, strict=True)), strict=True):
+            yield name, arch, figures
 
 
 def every_name() -> list[tuple[str, int]]:
