@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paracomm.kernels import config, reference_rotary, select
+from paracomm.kernels import config, select
 from tests.kernels.law import ULPS, errors, interpreted, mutate, twice
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -114,18 +118,28 @@ def test_interpreted_chooses_kernels_and_tiles_inside_only() -> None:
     assert config.config("attention_forward", 80, "float32", 64) != row
 
 
-def test_a_mutant_is_a_changed_copy() -> None:
-    x, cosine, sine = torch.randn(1, 1, 3, 8), torch.randn(3, 8), torch.randn(3, 8)
-    right = reference_rotary.rotary(x, cosine, sine)
-    mutant = mutate(reference_rotary, "+ torch.cat([-high", "- torch.cat([-high")
-    assert mutant.__name__ != reference_rotary.__name__ and mutant.rotary is not reference_rotary.rotary
-    torch.testing.assert_close(mutant.rotary(x, cosine, sine), 2 * x * cosine - right)
-    assert torch.equal(reference_rotary.rotary(x, cosine, sine), right), "the module itself stays"
+@pytest.fixture
+def doubling(tmp_path: Path) -> ModuleType:
+    """A module of one function."""
+    path = tmp_path / "doubling.py"
+    path.write_text("def double(x):\n    return x + x\n")
+    spec = importlib.util.spec_from_file_location("doubling", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_a_mutant_that_changes_nothing_is_refused() -> None:
+def test_a_mutant_is_a_changed_copy(doubling: ModuleType) -> None:
+    first, second = mutate(doubling, "x + x", "x + x * x"), mutate(doubling, "x + x", "x - x")
+    assert [module.double(5) for module in (doubling, first, second)] == [10, 30, 0]
+    assert len({module.__name__ for module in (doubling, first, second)}) == 3
+    assert "x * x" in inspect.getsource(first.double), "Triton reads the source of a kernel when it is called"
+
+
+def test_a_mutant_that_changes_nothing_is_refused(doubling: ModuleType) -> None:
     """Else a kernel that was rewritten would have mutants that are itself."""
-    with pytest.raises(AssertionError, match=r"reference_rotary\.py has no 'no such text' to change"):
-        mutate(reference_rotary, "no such text", "")
+    with pytest.raises(AssertionError, match=r"doubling\.py has no 'no such text' to change"):
+        mutate(doubling, "no such text", "")
     with pytest.raises(AssertionError, match="changed to itself"):
-        mutate(reference_rotary, "return ", "return ")
+        mutate(doubling, "x + x", "x + x")

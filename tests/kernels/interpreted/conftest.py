@@ -1,4 +1,4 @@
-"""Kernels on Triton's interpreter, mended: tests of this folder run in a process of their own, with TRITON_INTERPRET=1."""
+"""Kernels on Triton's interpreter, mended: tests of this folder run in a process with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tests.kernels import interpreter
 
 
-
 def finite(count: int) -> Tensor:
     """float32 of any finite bits, ties and subnormals among them."""
     generator = torch.Generator().manual_seed(0)
