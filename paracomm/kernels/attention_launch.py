@@ -16,7 +16,7 @@ from paracomm.kernels.attention_backward_kernels import (
 from paracomm.kernels.attention_forward_kernels import attention_forward_kernel
 from paracomm.kernels.attention_tma import can_tma, forward_tma
 from paracomm.kernels.config import config
-from paracomm.kernels.launch import WIDE, aligned
+from paracomm.kernels.launch import WIDE, aligned, expect_launchable
 from paracomm.kernels.philox import keep_mask_kernel
 from paracomm.kernels.select import arch
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from paracomm.kernels.attention import _Options
 
 LOG2E = 1.4426950408889634
-RUN = 4
-"""Positions that one block of random words serves."""
 
 
 def dtype_name(x: Tensor) -> str:
@@ -60,6 +58,7 @@ class Attention:
         varlen = o.cu_q is not None
         self.B = q.shape[0] if o.cu_q is None else len(o.cu_q) - 1
         self.T, self.S = o.max_q, o.max_k
+        expect_launchable("attention", self.B, self.H)
         self.pointers = [
             None if o.key_mask is None else o.key_mask.contiguous(),
             *(o.cu_q, o.cu_k, o.rows, o.q_positions, o.k_positions),

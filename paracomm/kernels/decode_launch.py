@@ -9,7 +9,7 @@ from torch import Tensor
 from paracomm.kernels.attention_launch import LOG2E, dtype_name, padded
 from paracomm.kernels.config import config
 from paracomm.kernels.decode_kernels import decode_kernel, merge_kernel
-from paracomm.kernels.launch import last_contiguous
+from paracomm.kernels.launch import expect_launchable, last_contiguous
 from paracomm.kernels.select import arch
 
 TILES = 2
@@ -59,6 +59,7 @@ def launch_decode(
     if parts > 1:
         results = q.new_empty(B, H, T, parts, K, dtype=torch.float32)
         sums = q.new_empty(B, H, T, parts, dtype=torch.float32)
+    expect_launchable("decode", B, G)
     capped = softcap != 0.0
     scales = (1.0, softcap * LOG2E, scale / softcap) if capped else (scale * LOG2E, 1.0, 1.0)
     decode_kernel[(parts, B * G, blocks)](

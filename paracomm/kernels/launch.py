@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from paracomm.errors import InvalidArgument
+
 WIDE = 16
 """Elements: rows that begin at multiples of it are read in wide, asynchronous loads, and by tensor descriptors."""
+MOST = 65535
+"""Programs in the second dimension of a grid (CUDA C++ Programming Guide, "Technical Specifications")."""
+
+
+def expect_launchable(name: str, B: int, heads: int) -> None:
+    """Raises InvalidArgument where a program for each head of each sequence is more than a grid takes."""
+    if B * heads > MOST:
+        raise InvalidArgument(f"{name}: {B} sequences of {heads} heads, a launch takes {MOST} in all; divide the batch")
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paracomm.kernels.attention_launch import dtype_name
 from paracomm.kernels.config import config
-from paracomm.kernels.launch import last_contiguous
+from paracomm.kernels.launch import expect_launchable, last_contiguous
 from paracomm.kernels.select import arch
 
 
@@ -57,6 +57,7 @@ def launch(x: Tensor, cosine: Tensor, sine: Tensor, transposed: bool) -> Tensor:
     if not y.numel():
         return y
     B, H, T, K = x.shape
+    expect_launchable("rotary", B, H)
     x, cosine, sine = map(last_contiguous, (x, cosine, sine))
     BN = max(2, triton.next_power_of_2(K // 2))
     row = config("rotary", arch(x), dtype_name(x), BN)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from paracomm.errors import InvalidArgument
 from paracomm.kernels import config, reference, select
 from paracomm.kernels.attention import (
     Dropout,
@@ -260,3 +261,9 @@ def test_dropouts_bits_are_those_of_the_twin() -> None:
         with select.backend("triton"), config.override(**configs(SMALL)):
             out, _ = attention(zero, zero, torch.eye(16).expand(2, 2, 16, 16), dropout=drop)
         assert torch.equal(out != 0, reference.attention_keep(drop, 2, 2, 16, 16))
+
+
+def test_more_heads_than_a_grid_has() -> None:
+    q = torch.zeros(1, 1, 1, 16).expand(1 << 13, 8, 1, 16)
+    with select.backend("triton"), pytest.raises(InvalidArgument, match="8192 sequences of 8 heads"):
+        attention(q, q, q)
