@@ -16,9 +16,10 @@ BUCKET_BYTES = 100_000
 
 
 def alive() -> dict[int, torch.UntypedStorage]:
-    """The storages of all tensors that Python knows, by address."""
+    """The storages of all tensors that Python knows, by address; those that torch.compile left of others have none."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not each.is_sparse]
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    tensors = [each for each in gc.get_objects() if type(each) in kinds and not each.is_sparse]
     return {s.data_ptr(): s for s in (tensor.untyped_storage() for tensor in tensors)}
 
 
