@@ -45,7 +45,7 @@ class Dropout:
     @property
     def threshold(self) -> int:
         """Words below it are dropped."""
-        return min(round(self.p * 2.0**32), 2**32 - 1)
+        return reference.threshold(self.p)
 
 
 def attention(
@@ -134,16 +134,13 @@ class _Options:
     ) -> _Options:  # fmt: skip
         _check(q, k, v, key_mask, cu_q, cu_k, max_q, max_k)
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
-            if value is not None and not value > 0:
-                raise InvalidArgument(f"attention: {name} is {value}, expected more than 0")
+        check_positive("attention", scale=scale, window=window, softcap=softcap)
         rest: tuple[Any, ...] = (0.0, 0, 0, 0, None, 0, 0, None, None)
         if dropout is not None:
             _check_dropout(dropout, q, k, cu_q)
-            seed = dropout.seed - (1 << 64) if dropout.seed >> 63 else dropout.seed
             rest = (
-                dropout.p, seed, dropout.stream, dropout.step, dropout.rows, *dropout.heads, dropout.q_positions,
-                dropout.k_positions,
+                dropout.p, reference.signed(dropout.seed), dropout.stream, dropout.step, dropout.rows, *dropout.heads,
+                dropout.q_positions, dropout.k_positions,
             )  # fmt: skip
         return cls(
             causal, scale, NO_WINDOW if window is None else window, NO_CAP if softcap is None else softcap, key_mask,
@@ -162,22 +159,34 @@ class _Options:
         )
 
 
+def check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises InvalidArgument where queries [B, H, T, K] cannot look at keys and values [B, G, S, K]."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise InvalidArgument(
+            f"{name}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, expected q [B, H, T, K] and k, v "
+            "[B, G, S, K]"
+        )
+    if not HEAD_SIZES[0] <= q.shape[3] <= HEAD_SIZES[1]:
+        raise InvalidArgument(f"{name}: head size {q.shape[3]}, expected {HEAD_SIZES[0]} to {HEAD_SIZES[1]}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise InvalidArgument(f"{name}: {q.shape[1]} heads are not a multiple of {k.shape[1]} key-value heads")
+    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise InvalidArgument(f"{name}: q, k, v are {kinds}, expected one dtype and device")
+
+
+def check_positive(name: str, **values: float | None) -> None:
+    """Raises InvalidArgument for one that is given and not more than 0."""
+    for option, value in values.items():
+        if value is not None and not value > 0:
+            raise InvalidArgument(f"{name}: {option} is {value}, expected more than 0")
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
     max_q: int | None, max_k: int | None,
 ) -> None:  # fmt: skip
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise InvalidArgument(
-            f"attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, expected q [B, H, T, K] and k, v "
-            "[B, G, S, K]"
-        )
-    if not HEAD_SIZES[0] <= q.shape[3] <= HEAD_SIZES[1]:
-        raise InvalidArgument(f"attention: head size {q.shape[3]}, expected {HEAD_SIZES[0]} to {HEAD_SIZES[1]}")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise InvalidArgument(f"attention: {q.shape[1]} heads are not a multiple of {k.shape[1]} key-value heads")
-    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
-        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise InvalidArgument(f"attention: q, k, v are {kinds}, expected one dtype and device")
+    check_heads("attention", q, k, v)
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2])):
         raise InvalidArgument(
             f"attention: key_mask {list(key_mask.shape)} of {key_mask.dtype}, expected bool {[k.shape[0], k.shape[2]]}"
@@ -265,11 +274,7 @@ def _eager_backward(
 
 
 # --- the operations ---
-def _define(name: str) -> Any:
-    return torch.library.custom_op(f"paracomm::{name}", mutates_args=())
-
-
-@_define("attention_forward")
+@torch.library.custom_op("paracomm::attention_forward", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, key_mask: Tensor | None,
     cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int, p: float, seed: int, stream: int, step: int,
@@ -293,7 +298,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@_define("attention_backward")
+@torch.library.custom_op("paracomm::attention_backward", mutates_args=())
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float, window: int,
     softcap: float, key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int, p: float,
@@ -346,7 +351,7 @@ def keep_mask(seed: int, stream: int, step: int, base: Tensor, offsets: Tensor, 
     """
     if not 0.0 <= p < 1.0:
         raise InvalidArgument(f"keep_mask: p is {p}, expected 0 <= p < 1")
-    threshold = min(round(p * 2.0**32), 2**32 - 1)
+    threshold = reference.threshold(p)
     if base.numel() and len(offsets) and select.runs(torch.empty(0, device=base.device)):
         from paracomm.kernels.attention_launch import launch_keep_mask
 

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from paracomm.kernels import reference
 from paracomm.kernels.attention_backward_kernels import (
     attention_delta_kernel,
     attention_dkdv_kernel,
@@ -16,7 +17,7 @@ from paracomm.kernels.attention_backward_kernels import (
 from paracomm.kernels.attention_forward_kernels import attention_forward_kernel
 from paracomm.kernels.attention_tma import can_tma, forward_tma
 from paracomm.kernels.config import config
-from paracomm.kernels.launch import WIDE, aligned, expect_launchable
+from paracomm.kernels.launch import WIDE, aligned, dtype_name, expect_launchable, precision
 from paracomm.kernels.philox import keep_mask_kernel
 from paracomm.kernels.select import arch
 
@@ -26,21 +27,9 @@ if TYPE_CHECKING:
 LOG2E = 1.4426950408889634
 
 
-def dtype_name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
 def padded(K: int) -> int:
     """Head sizes are padded to a power of two, at least what a product of tensor cores takes."""
     return max(16, triton.next_power_of_2(K))
-
-
-def precision(x: Tensor) -> str:
-    """Of products: float32 as six of bfloat16, on tensor cores and exact to float32's own rounding.
-
-    Three of TF32 cost the same and lose two bits; 16-bit inputs are exact anyhow.
-    """
-    return "bf16x6" if x.dtype == torch.float32 else "ieee"
 
 
 def like(x: Tensor) -> Tensor:
@@ -66,8 +55,7 @@ class Attention:
         capped, dropped = o.softcap != 0.0, o.rows is not None
         # Capped scores leave `bent` in units of log2; others are scaled within the exponent.
         self.scales = (1.0, o.softcap * LOG2E, o.scale / o.softcap) if capped else (o.scale * LOG2E, 1.0, 1.0)
-        threshold = min(round(o.p * 2.0**32), 2**32 - 1)
-        self.drop = (o.seed, o.stream, o.step, threshold, 1 / (1 - o.p), o.head_offset, o.heads_total)
+        self.drop = (o.seed, o.stream, o.step, reference.threshold(o.p), 1 / (1 - o.p), o.head_offset, o.heads_total)
         self.flags: dict[str, Any] = {
             "R": self.H // self.G, "K": self.K, "D": padded(self.K), "CAUSAL": o.causal, "WINDOW": o.window > 0,
             "CAPPED": capped, "HAS_KEY_MASK": o.key_mask is not None, "DROPOUT": dropped,
@@ -138,8 +126,7 @@ def launch_backward(
 def launch_keep_mask(seed: int, stream: int, step: int, base: Tensor, offsets: Tensor, threshold: int) -> Tensor:
     base, offsets = base.contiguous(), offsets.contiguous()
     mask = torch.empty(*base.shape, len(offsets), dtype=torch.bool, device=base.device)
-    signed = seed - (1 << 64) if seed >> 63 else seed
     keep_mask_kernel[(triton.cdiv(mask.numel(), 1024),)](
-        base, offsets, mask, mask.numel(), len(offsets), signed, stream, step, threshold, BLOCK=1024
+        base, offsets, mask, mask.numel(), len(offsets), reference.signed(seed), stream, step, threshold, BLOCK=1024
     )
     return mask

@@ -35,6 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from paracomm.kernels.attention_forward_kernels import LN2
 from paracomm.kernels.config import config
+from paracomm.kernels.launch import dtype_name
 
 if TYPE_CHECKING:
     from paracomm.kernels.attention import _Options
@@ -131,7 +132,7 @@ def _described(x_BGSK: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def forward_tma(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, a: Attention) -> tuple[Tensor, Tensor]:
     """(out_BHTK, lse_BHT), as launch_forward() of attention_launch.py, for what can_tma() takes."""
-    row = config(KERNEL, 90, str(q_BHTK.dtype).removeprefix("torch."), a.flags["D"])
+    row = config(KERNEL, 90, dtype_name(q_BHTK), a.flags["D"])
     out = torch.empty(q_BHTK.shape, dtype=q_BHTK.dtype, device=q_BHTK.device)
     lse = q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
     flags: dict[str, Any] = {key: a.flags[key] for key in ("R", "K", "D", "CAUSAL", "WINDOW", "CAPPED")}

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from paracomm.errors import InvalidArgument
 from paracomm.kernels import reference_cross_entropy, select
-
-NO_CAP = 0.0
+from paracomm.kernels.attention import NO_CAP, check_positive
 
 
 def linear_cross_entropy(
@@ -80,8 +79,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, soft
             raise InvalidArgument(
                 f"cross_entropy: {name} is {given.dtype} on {given.device}, expected {x.dtype} on {x.device} as x"
             )
-    if softcap is not None and not softcap > 0:
-        raise InvalidArgument(f"cross_entropy: softcap is {softcap}, expected more than 0")
+    check_positive("cross_entropy", softcap=softcap)
 
 
 def _check_targets(targets: Tensor, V: int, ignore: int) -> None:

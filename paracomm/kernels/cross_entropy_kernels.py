@@ -31,9 +31,8 @@ from torch import Tensor
 
 from paracomm.kernels.activation import tanh
 from paracomm.kernels.attention_forward_kernels import LOG2E
-from paracomm.kernels.attention_launch import dtype_name, precision
 from paracomm.kernels.config import config
-from paracomm.kernels.launch import WIDE, aligned
+from paracomm.kernels.launch import WIDE, aligned, dtype_name, precision
 from paracomm.kernels.select import arch
 
 PARTS = 32

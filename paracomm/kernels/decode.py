@@ -13,10 +13,7 @@ from torch import Tensor
 
 from paracomm.errors import InvalidArgument
 from paracomm.kernels import reference_decode, select
-from paracomm.kernels.attention import HEAD_SIZES
-
-NO_WINDOW = -1
-NO_CAP = 0.0
+from paracomm.kernels.attention import NO_CAP, NO_WINDOW, check_heads, check_positive
 
 
 def decode(
@@ -45,9 +42,7 @@ def decode(
     """
     _check(q_BHTK, k_BGSK, v_BGSK, lengths)
     scale = 1 / math.sqrt(q_BHTK.shape[-1]) if scale is None else scale
-    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
-        if value is not None and not value > 0:
-            raise InvalidArgument(f"decode: {name} is {value}, expected more than 0")
+    check_positive("decode", scale=scale, window=window, softcap=softcap)
     if isinstance(lengths, int):
         k_BGSK, v_BGSK, lengths = k_BGSK[:, :, :lengths], v_BGSK[:, :, :lengths], None
     if select.runs(q_BHTK):
@@ -63,18 +58,7 @@ def decode(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | int | None) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise InvalidArgument(
-            f"decode: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, expected q [B, H, T, K] and k, v "
-            "[B, G, S, K]"
-        )
-    if not HEAD_SIZES[0] <= q.shape[3] <= HEAD_SIZES[1]:
-        raise InvalidArgument(f"decode: head size {q.shape[3]}, expected {HEAD_SIZES[0]} to {HEAD_SIZES[1]}")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise InvalidArgument(f"decode: {q.shape[1]} heads are not a multiple of {k.shape[1]} key-value heads")
-    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
-        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise InvalidArgument(f"decode: q, k, v are {kinds}, expected one dtype and device")
+    check_heads("decode", q, k, v)
     if isinstance(lengths, int) and not 0 <= lengths <= k.shape[2]:
         raise InvalidArgument(f"decode: length {lengths}, expected 0 to {k.shape[2]}, the places of the cache")
     if isinstance(lengths, Tensor) and (

@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from paracomm.kernels.attention_launch import LOG2E, dtype_name, padded
+from paracomm.kernels.attention_launch import LOG2E, padded
 from paracomm.kernels.config import config
 from paracomm.kernels.decode_kernels import decode_kernel, merge_kernel
-from paracomm.kernels.launch import expect_launchable, last_contiguous
+from paracomm.kernels.launch import dtype_name, expect_launchable, last_contiguous
 from paracomm.kernels.select import arch
 
 TILES = 2

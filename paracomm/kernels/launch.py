@@ -1,7 +1,8 @@
-"""What launchers of all kernels do to tensors before a launch."""
+"""What launchers of all kernels ask of tensors, and do to them, before a launch."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from paracomm.errors import InvalidArgument
@@ -10,6 +11,19 @@ WIDE = 16
 """Elements: rows that begin at multiples of it are read in wide, asynchronous loads, and by tensor descriptors."""
 MOST = 65535
 """Programs in the second dimension of a grid (CUDA C++ Programming Guide, "Technical Specifications")."""
+
+
+def dtype_name(x: Tensor) -> str:
+    """As the tables of configurations have it."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def precision(x: Tensor) -> str:
+    """Of products: float32 as six of bfloat16, on tensor cores and exact to float32's own rounding.
+
+    Three of TF32 cost the same and lose two bits; 16-bit inputs are exact anyhow.
+    """
+    return "bf16x6" if x.dtype == torch.float32 else "ieee"
 
 
 def expect_launchable(name: str, B: int, heads: int) -> None:

@@ -109,12 +109,8 @@ def _differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _define(name: str) -> Any:
-    return torch.library.custom_op(f"paracomm::{name}", mutates_args=())
-
-
 # --- linear ---
-@_define("linear")
+@torch.library.custom_op("paracomm::linear", mutates_args=())
 def _linear_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -166,7 +162,7 @@ _linear_op.register_autograd(_linear_backward, setup_context=_save_linear)
 
 
 # --- glu ---
-@_define("glu")
+@torch.library.custom_op("paracomm::glu", mutates_args=())
 def _glu_op(
     x: Tensor, w_gate: Tensor, w_up: Tensor, bias_gate: Tensor | None, bias_up: Tensor | None, activation: str,
     keep: bool,
@@ -217,7 +213,7 @@ def _glu_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _glu_op.register_autograd(_glu_backward, setup_context=_save_glu)
 
 
-@_define("sum_of_products")
+@torch.library.custom_op("paracomm::sum_of_products", mutates_args=())
 def _sum_op(a: Tensor, v: Tensor, b: Tensor, w: Tensor) -> Tensor:
     """a [M, K] v [K, N] + b [M, K] w [K, N], rounded once."""
     if select.runs(a):
@@ -233,7 +229,7 @@ def _(a: Tensor, v: Tensor, b: Tensor, w: Tensor) -> Tensor:
 
 
 # --- elementwise ---
-@_define("gated")
+@torch.library.custom_op("paracomm::gated", mutates_args=())
 def _gated_op(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if select.runs(gate):
         from paracomm.kernels.mlp_launch import launch_gated
@@ -247,7 +243,7 @@ def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return torch.empty_like(gate)
 
 
-@_define("gated_backward")
+@torch.library.custom_op("paracomm::gated_backward", mutates_args=())
 def _gated_backward_op(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     if select.runs(gate):
         from paracomm.kernels.mlp_launch import launch_gated_backward
@@ -275,7 +271,7 @@ def _differentiate_gated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _gated_op.register_autograd(_differentiate_gated, setup_context=_save_gated)
 
 
-@_define("activate")
+@torch.library.custom_op("paracomm::activate", mutates_args=())
 def _active_op(x: Tensor, activation: str) -> Tensor:
     if select.runs(x):
         from paracomm.kernels.mlp_launch import launch_active
@@ -289,7 +285,7 @@ def _(x: Tensor, activation: str) -> Tensor:
     return torch.empty_like(x)
 
 
-@_define("activate_backward")
+@torch.library.custom_op("paracomm::activate_backward", mutates_args=())
 def _active_backward_op(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     if select.runs(x):
         from paracomm.kernels.mlp_launch import launch_active_backward

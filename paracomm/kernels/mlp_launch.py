@@ -11,9 +11,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from paracomm.kernels import mlp_kernels as kernels
-from paracomm.kernels.attention_launch import dtype_name, precision
 from paracomm.kernels.config import config
-from paracomm.kernels.launch import WIDE, aligned
+from paracomm.kernels.launch import WIDE, aligned, dtype_name, precision
 from paracomm.kernels.select import arch
 
 BLOCK = 1024

@@ -21,6 +21,16 @@ _MASK32 = 0xFFFFFFFF
 
 
 # --- random words ---
+def threshold(p: float) -> int:
+    """Words below it are dropped: p in units of 2^-32."""
+    return min(round(p * 2.0**32), 2**32 - 1)
+
+
+def signed(seed: int) -> int:
+    """The same 64 bits, as operations and kernels take them."""
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
 def philox_words(seed: int, stream: int, step: int, index: Tensor) -> Tensor:
     """int64 words in 0..2^32-1 of the shape of `index` (int64, modulo 2^64), see philox.py."""
 

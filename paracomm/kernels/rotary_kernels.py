@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paracomm.kernels.attention_launch import dtype_name
 from paracomm.kernels.config import config
-from paracomm.kernels.launch import expect_launchable, last_contiguous
+from paracomm.kernels.launch import dtype_name, expect_launchable, last_contiguous
 from paracomm.kernels.select import arch
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from paracomm import kernels
 from paracomm.comm import random
 from paracomm.errors import Error, InvalidArgument
+from paracomm.kernels import reference
 
 POSITIONS = 1 << 24
 """More positions than any sequence has: element (row, position, d) is number (row * POSITIONS + position) * D + d."""
@@ -130,7 +131,7 @@ def threshold(p: float) -> int:
     """Words below it are dropped: p in units of 2^-32."""
     if not 0.0 <= p < 1.0:
         raise InvalidArgument(f"dropout is {p}, expected 0 <= p < 1")
-    return min(round(p * 2.0**32), 2**32 - 1)
+    return reference.threshold(p)
 
 
 def keep_mask(stream: int, base: Tensor, offsets: Tensor, p: float, place: Place | None = None) -> Tensor:
