@@ -15,6 +15,8 @@ PYTHON_ROOMS = {
     "errors": set(),
     "version": set(),
     "schedule": set(),
+    "pipeline": set(),
+    "timeline": set(),
     "kernels": set(),
     "build_info": {"_C"},
     "bootstrap": {"comm"},
@@ -22,13 +24,14 @@ PYTHON_ROOMS = {
     "_auto": {"backend"},
     "backend": {"comm", "bootstrap"},
     "hooks": {"comm"},
-    "parallel": {"comm", "hooks", "kernels"},
+    "parallel": {"comm", "hooks", "kernels", "pipeline"},
     "models": {"parallel", "kernels"},
-    "train": {"models", "parallel", "kernels", "hooks", "backend", "comm", "schedule"},
+    "train": {"models", "parallel", "pipeline", "kernels", "hooks", "backend", "comm", "schedule"},
     "cli": {
         "train",
         "models",
         "parallel",
+        "pipeline",
         "kernels",
         "hooks",
         "backend",
@@ -41,8 +44,13 @@ PYTHON_ROOMS = {
     "__main__": {"cli"},
 }
 # Third parties that a room must not know, whether at the top of a file or inside a function.
-FORBIDDEN = {"schedule": {"torch", "triton", "mpi4py", "typer", "rich"}, "errors": {"numpy", "torch"}}
-EVERYBODYS = {"background", "errors", "version"}
+FORBIDDEN = {
+    "schedule": {"torch", "triton", "mpi4py", "typer", "rich"},
+    "pipeline": {"torch", "triton", "mpi4py", "typer"},
+    "timeline": {"torch", "numpy"},
+    "errors": {"numpy", "torch"},
+}
+EVERYBODYS = {"background", "errors", "timeline", "version"}
 
 # A room of src/ -> the rooms whose headers it may include.
 CPP_ROOMS = {
