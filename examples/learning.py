@@ -13,10 +13,12 @@ import hashlib
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -166,6 +168,37 @@ class Pairs:
         whole = torch.cat(pools)
         batches = whole[: len(whole) // self.rows * self.rows].view(-1, self.rows)
         return batches[torch.randperm(len(batches), generator=draws)]
+
+
+class Nearest:
+    """What is known that is most like a text: the smallest angle between sets of trigrams, the rare ones counting more.
+
+    What a memory without a model can do.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        postings: dict[str, list[int]] = defaultdict(list)
+        for index, text in enumerate(texts):
+            for gram in _trigrams(text):
+                postings[gram].append(index)
+        self._postings = {gram: np.array(where) for gram, where in postings.items()}
+        self._weight = {gram: (math.log(len(texts) / len(where)) + 1) ** 2 for gram, where in postings.items()}
+        squares = np.full(len(texts), 1e-9)
+        for gram, where in self._postings.items():
+            squares[where] += self._weight[gram]
+        self._norms = np.sqrt(squares)
+
+    def index(self, text: str) -> int:
+        """Which of the texts; of equally near ones, the first."""
+        score = np.zeros(len(self._norms))
+        for gram in sorted(_trigrams(text) & self._postings.keys()):
+            score[self._postings[gram]] += self._weight[gram]
+        return int((score / self._norms).argmax())
+
+
+def _trigrams(text: str) -> set[str]:
+    framed = f"  {text.lower()} "
+    return {framed[i : i + 3] for i in range(len(framed) - 2)}
 
 
 # --- training ---
