@@ -3,9 +3,9 @@
 make example-answering
 torchrun --standalone --nproc-per-node 2 examples/answering.py --tp 2       # the same run, a layer on two ranks
 
-Three people, four facts about each, in any order and in several wordings. A question asks for one fact of a person, for
-the person of a fact, or, over both, for one fact by another ("Where does the potter live?"). Which person has which fact
-is drawn anew for every story, so that nothing but the story says it: knowing all other stories does not help.
+Three people, three facts about each, in any order and in several wordings. A question asks for one fact of a person,
+for the person of a fact, or, over both, for one fact by another ("Where does the potter live?"). Which person has which
+fact is drawn anew for every story, so that nothing but the story says it: knowing all other stories does not help.
 
 Beside it: the answer that is most often right for such a question, and the best that goes without understanding who is
 who, an answer of the right kind from the story (the first one; each of three is as likely).
@@ -38,119 +38,52 @@ from paracomm.comm import Communicator
 from paracomm.models import Seq2Seq, Seq2SeqConfig
 
 DEFAULTS = {
-    "steps": 1500, "batch": 64, "width": 128, "depth": 1, "encoder_depth": 3, "heads": 4, "lr": 2e-3, "seed": 0,
+    "steps": 2000, "batch": 64, "width": 96, "depth": 1, "encoder_depth": 3, "heads": 4, "lr": 2e-3, "seed": 0,
     "stories": 40000, "questions": 1000,
 }  # fmt: skip
 FREQUENT_MARGIN, FIRST_MARGIN = 40.0, 25.0
 """In points of a hundred."""
 PEOPLE, ONE_IN, LONGEST_ANSWER = 3, 20, 6
 
-NAMES = [
-    "Ada",
-    "Boris",
-    "Clara",
-    "Dario",
-    "Elsa",
-    "Fabian",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Kira",
-    "Lukas",
-    "Mira",
-    "Nils",
-    "Olga",
-    "Pavel",
-    "Rosa",
-    "Stefan",
-    "Tilda",
-    "Viktor",
-    "Wanda",
-    "Xaver",
-    "Yara",
-    "Zeno",
-]
-VALUES = {
-    "town": [
-        "Arbel",
-        "Borun",
-        "Caldis",
-        "Dremo",
-        "Eskar",
-        "Falun",
-        "Gorin",
-        "Hestia",
-        "Ilmar",
-        "Jorat",
-        "Kelven",
-        "Lorna",
-        "Mardel",
-        "Norwik",
-        "Ostan",
-        "Pirel",
-    ],
-    "job": [
-        "baker",
-        "potter",
-        "tailor",
-        "miller",
-        "joiner",
-        "painter",
-        "sailor",
-        "doctor",
-        "teacher",
-        "farmer",
-        "singer",
-        "printer",
-        "weaver",
-        "smith",
-    ],
-    "pet": [
-        "cat",
-        "dog",
-        "parrot",
-        "goat",
-        "turtle",
-        "rabbit",
-        "pony",
-        "hamster",
-        "lizard",
-        "canary",
-        "donkey",
-        "ferret",
-    ],
-    "drink": ["tea", "coffee", "milk", "cider", "lemonade", "cocoa", "beer", "wine", "juice", "water"],
+NAMES = tuple(
+    name
+    for line in (
+        "Ada Boris Clara Dario Elsa Fabian Greta Hugo Ines Jonas Kira Lukas",
+        "Mira Nils Olga Pavel Rosa Stefan Tilda Viktor Wanda Xaver Yara Zeno",
+    )
+    for name in line.split()
+)
+WORDS = {
+    "town": "Arbel Borun Caldis Dremo Eskar Falun Gorin Hestia Ilmar Jorat Kelven Lorna Mardel Norwik Ostan Pirel",
+    "job": "baker potter tailor miller joiner painter sailor doctor teacher farmer singer printer weaver smith",
+    "pet": "cat dog parrot goat turtle rabbit pony hamster lizard canary donkey ferret",
 }
+VALUES = {kind: words.split() for kind, words in WORDS.items()}
 SAID = {
     "town": ("{who} lives in {what}.", "The home of {who} is in {what}.", "In {what} stands the house of {who}."),
     "job": ("{who} is a {what}.", "{who} earns a living as a {what}.", "By trade {who} is a {what}."),
     "pet": ("{who} keeps a {what}.", "There is a {what} in the care of {who}.", "A {what} belongs to {who}."),
-    "drink": ("{who} drinks {what}.", "What {who} likes is {what}.", "A glass of {what} is for {who}."),
 }
 ASKED_OF_PERSON = {
     "town": "Where does {who} live?",
     "job": "What is the trade of {who}?",
     "pet": "Which animal does {who} keep?",
-    "drink": "What does {who} drink?",
 }
 ASKED_FOR_PERSON = {
     "town": "Who lives in {what}?",
     "job": "Who is the {what}?",
     "pet": "Who keeps the {what}?",
-    "drink": "Who drinks {what}?",
 }
 SOMEONE = {
     "town": "the one from {what}",
     "job": "the {what}",
     "pet": "the one with the {what}",
-    "drink": "the drinker of {what}",
 }
 
 
 @dataclass(frozen=True)
 class Story:
-    """`asks`: "fact", "person" or "both"; `kind`: of the answer; `choices`: what is of it, in the order of the story."""
+    """`asks`: "fact", "person" or "both"; `kind`: of the answer; `choices`: what the story has of it, in order."""
 
     text: str
     question: str

@@ -3,9 +3,9 @@
 make example-language
 torchrun --standalone --nproc-per-node 2 examples/language.py --tp 2        # the same run, a layer on two ranks
 
-Beside it: how often each byte occurs; an order-2 model, which knows what follows each two bytes, falling back on one and
-on none; gzip and lzma, which compress the held-out text by itself; and lzma again, which first has seen the end of the
-text to train on, as much as its window holds.
+Beside it: how often each byte occurs; an order-2 model, which knows what follows each two bytes, falling back on one
+and on none; gzip and lzma, which compress the held-out text by itself; and lzma again, which first has seen the end of
+the text to train on, as much as its window holds.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from paracomm.models import Decoder, DecoderConfig
 from paracomm.train.data import Corpus, batch, evaluation_batches, load_corpus
 
 DEFAULTS = {
-    "steps": 1200, "batch": 32, "context": 256, "width": 192, "depth": 4, "heads": 6, "lr": 3e-3, "seed": 0,
-    "windows": 512,
+    "steps": 1200, "batch": 32, "context": 128, "width": 128, "depth": 4, "heads": 4, "lr": 3e-3, "seed": 0,
+    "windows": 1024,
 }  # fmt: skip
 FREQUENCIES_MARGIN, ORDER_2_MARGIN, GZIP_MARGIN = 1.5, 0.5, 0.2
 """In bits a byte."""
@@ -78,9 +78,8 @@ def bits_beside(corpus: Corpus, value: float) -> Verdict:
 
 def language(comm: Communicator, options: argparse.Namespace, say: Callable[[str], None]) -> Verdict:
     corpus = load_corpus()
-    say(
-        f"{len(corpus.train):,} bytes in {corpus.files[0]} files, {len(corpus.held_out):,} held out in {corpus.files[1]}"
-    )
+    files, unseen_files = corpus.files
+    say(f"{len(corpus.train):,} bytes in {files} files, {len(corpus.held_out):,} held out in {unseen_files}")
     config = DecoderConfig(
         width=options.width, depth=options.depth, heads=options.heads, context=options.context, positions="rotary",
         norm="rms", mlp="swiglu",

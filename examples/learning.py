@@ -69,8 +69,10 @@ def layout_of(options: argparse.Namespace) -> Layout:
 
 # --- data ---
 def held_out(key: str, one_in: int) -> bool:
-    """Whether what has this key is for evaluation only: one key in `one_in`, by its hash. Rows that must not meet across
-    the split give the same key."""
+    """Whether what has this key is for evaluation only: one key in `one_in`, by its hash.
+
+    Rows that must not meet across the split give the same key.
+    """
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
     return number % SPLIT_INTO < SPLIT_INTO // one_in
 
@@ -310,9 +312,8 @@ class Learner:
     def _write(self, sources: list[list[int]], longest: int) -> list[list[int]]:
         source = self.mesh.shard_rows(padded(sources, 1, PAD))
         begin = torch.full((len(source), 1), BEGIN)
-        tokens = generate(
-            self.model, begin, longest, source_BS=source, source_mask=source != PAD, temperature=0.0
-        )  # fmt: skip
+        with self.parallel.gathered():  # generation calls parts of the model, which ZeRO 3 would not notice
+            tokens = generate(self.model, begin, longest, source_BS=source, source_mask=source != PAD, temperature=0.0)
         mine = [_until_end(row) for row in tokens[:, 1:].tolist()]
         shares = self.mesh.group("dp").exchange(json.dumps(mine).encode())
         return [row for share in shares for row in json.loads(share)]
@@ -323,8 +324,8 @@ def _until_end(row: list[int]) -> list[int]:
 
 
 def multiple_of(layout: Layout) -> int:
-    """What the lengths of sequences have to be multiples of, eight at the least."""
-    return math.lcm(8, 2 * layout.cp * layout.tp)
+    """What the lengths of sequences have to be multiples of."""
+    return 2 * layout.cp * layout.tp
 
 
 # --- the verdict ---

@@ -3,8 +3,9 @@
 make example-translation
 torchrun --standalone --nproc-per-node 2 examples/translation.py --tp 2     # the same run, a layer on two ranks
 
-The catalogues are those of requirements/catalogues.txt, read out of the wheels that make has downloaded: nothing of them
-is installed. Messages that differ in capitals, digits, punctuation and placeholders only are on one side of the split.
+The catalogues are those of requirements/catalogues.txt, read out of the wheels that make has downloaded: nothing of
+them is installed. Messages that differ in capitals, digits, punctuation and placeholders only are on one side of the
+split.
 
 Beside it: the English text as it is; and a translation memory, which gives the translation of the message it knows that
 is most like the one asked for.
@@ -43,8 +44,8 @@ from paracomm.errors import InvalidArgument
 from paracomm.models import Seq2Seq, Seq2SeqConfig
 
 DEFAULTS = {
-    "steps": 1800, "batch": 128, "width": 192, "depth": 3, "heads": 4, "dropout": 0.1, "lr": 2e-3, "seed": 0,
-    "vocabulary": 4000, "longest": 64, "catalogues": str(Path(sys.prefix) / "catalogues"),
+    "steps": 5000, "batch": 64, "width": 160, "depth": 2, "heads": 4, "dropout": 0.1, "lr": 2e-3, "seed": 0,
+    "vocabulary": 3000, "longest": 40, "catalogues": str(Path(sys.prefix) / "catalogues"),
 }  # fmt: skip
 COPY_MARGIN, MEMORY_MARGIN = 10.0, 3.0
 """In points of chrF."""
@@ -153,7 +154,8 @@ def translation(comm: Communicator, options: argparse.Namespace, say: Callable[[
     unseen = [pair for pair in unseen if max(map(len, words.encode(pair))) < options.longest]
     say(f"{len(pairs):,} messages to learn from, {len(unseen):,} held out, {words.size:,} pieces of words")
     config = Seq2SeqConfig(
-        width=options.width, depth=options.depth, heads=options.heads, dropout=options.dropout, norm="rms",
+        width=options.width, depth=options.depth, heads=options.heads, dropout=options.dropout, positions="rotary",
+        norm="rms",
         context=-(-options.longest // multiple_of(layout)) * multiple_of(layout), vocabulary=words.size,
     )  # fmt: skip
     recipe = Recipe(options.steps, options.lr, seed=options.seed)

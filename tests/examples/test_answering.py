@@ -8,7 +8,8 @@ from itertools import islice
 import answering
 import pytest
 from answering import Story, stories
-from runs import expect_beaten, few_steps, whole_run
+
+from tests.examples.runs import expect_beaten, few_steps, whole_run
 
 
 def read(story: Story) -> str:

@@ -9,9 +9,9 @@ import language
 import numpy as np
 import pytest
 import torch
-from runs import expect_beaten, few_steps, whole_run
 
 from paracomm.train.data import Corpus
+from tests.examples.runs import expect_beaten, few_steps, whole_run
 
 
 def as_bytes(text: bytes) -> torch.Tensor:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import summaries
-from runs import expect_beaten, few_steps, whole_run
+
+from tests.examples.runs import expect_beaten, few_steps, whole_run
 
 SOURCE = '''
 class Rows:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import translation
 from learning import Vocabulary
-from runs import expect_beaten, few_steps, whole_run
 
 from paracomm.errors import InvalidArgument
+from tests.examples.runs import expect_beaten, few_steps, whole_run
 
 WORDS = {"event": "Veranstaltung", "order": "Bestellung", "user": "Benutzer", "ticket": "Karte", "page": "Seite"}
 VERBS = {"Delete": "löschen", "Change": "ändern", "Print": "drucken", "Open": "öffnen", "Copy": "kopieren"}
