@@ -3,7 +3,7 @@
 make example-answering
 torchrun --standalone --nproc-per-node 2 examples/answering.py --tp 2       # the same run, a layer on two ranks
 
-Three people, three facts about each, in any order and in several wordings. A question asks for one fact of a person,
+Up to three people, three facts about each, in any order and in several wordings. A question asks for one fact of a person,
 for the person of a fact, or, over both, for one fact by another ("Where does the potter live?"). Which person has which
 fact is drawn anew for every story, so that nothing but the story says it: knowing all other stories does not help.
 
@@ -44,6 +44,7 @@ DEFAULTS = {
 FREQUENT_MARGIN, FIRST_MARGIN = 40.0, 25.0
 """In points of a hundred."""
 PEOPLE, ONE_IN, LONGEST_ANSWER = 3, 20, 6
+"""Stories to learn from have one person to three: from the short ones it is quickly seen that the answer is in the text."""
 
 NAMES = tuple(
     name
@@ -102,14 +103,14 @@ def stories(seed: int, unseen: bool) -> Iterator[Story]:
     """Without end: those that are held out, or those to learn from; which is which, the hash of a story's text says."""
     draws = random.Random(seed)
     while True:
-        story = _story(draws)
+        story = _story(draws, PEOPLE if unseen else draws.randint(1, PEOPLE))
         if held_out(story.text, ONE_IN) == unseen:
             yield story
 
 
-def _story(draws: random.Random) -> Story:
-    people = draws.sample(NAMES, PEOPLE)
-    facts = {kind: dict(zip(people, draws.sample(values, PEOPLE), strict=True)) for kind, values in VALUES.items()}
+def _story(draws: random.Random, count: int) -> Story:
+    people = draws.sample(NAMES, count)
+    facts = {kind: dict(zip(people, draws.sample(values, count), strict=True)) for kind, values in VALUES.items()}
     told = [(kind, who) for kind in facts for who in people]
     draws.shuffle(told)
     text = " ".join(draws.choice(SAID[kind]).format(who=who, what=facts[kind][who]) for kind, who in told)

