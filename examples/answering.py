@@ -3,9 +3,10 @@
 make example-answering
 torchrun --standalone --nproc-per-node 2 examples/answering.py --tp 2       # the same run, a layer on two ranks
 
-Up to three people, three facts about each, in any order and in several wordings. A question asks for one fact of a person,
-for the person of a fact, or, over both, for one fact by another ("Where does the potter live?"). Which person has which
-fact is drawn anew for every story, so that nothing but the story says it: knowing all other stories does not help.
+Up to three people, three facts about each, in any order and in several wordings. A question asks for one fact of a
+person, for the person of a fact, or, over both, for one fact by another ("Where does the potter live?"). Which person
+has which fact is drawn anew for every story, so that nothing but the story says it.
+The answer is a sentence, of which one word counts: the person or the fact that was asked for.
 
 Beside it: the answer that is most often right for such a question, and the best that goes without understanding who is
 who, an answer of the right kind from the story (the first one; each of three is as likely).
@@ -43,8 +44,8 @@ DEFAULTS = {
 }  # fmt: skip
 FREQUENT_MARGIN, FIRST_MARGIN = 40.0, 25.0
 """In points of a hundred."""
-PEOPLE, ONE_IN, LONGEST_ANSWER = 3, 20, 6
-"""Stories to learn from have one person to three: from the short ones it is quickly seen that the answer is in the text."""
+PEOPLE, ONE_IN, LONGEST_ANSWER = 3, 20, 8
+"""Stories to learn from have one person to three: the short ones soon teach that the answer is in the text."""
 
 NAMES = tuple(
     name
@@ -75,6 +76,7 @@ ASKED_FOR_PERSON = {
     "job": "Who is the {what}?",
     "pet": "Who keeps the {what}?",
 }
+ANSWERED = {"town": "{who} lives in {what}", "job": "{who} is a {what}", "pet": "{who} keeps a {what}"}
 SOMEONE = {
     "town": "the one from {what}",
     "job": "the {what}",
@@ -84,11 +86,15 @@ SOMEONE = {
 
 @dataclass(frozen=True)
 class Story:
-    """`asks`: "fact", "person" or "both"; `kind`: of the answer; `choices`: what the story has of it, in order."""
+    """`answer`: the one word that counts; `says`: the sentence it stands in; `asks`: "fact", "person" or "both".
+
+    `kind`: of the answer; `choices`: what the story has of it, in order.
+    """
 
     text: str
     question: str
     answer: str
+    says: str
     asks: str
     kind: str
     choices: tuple[str, ...]
@@ -118,13 +124,22 @@ def _story(draws: random.Random, count: int) -> Story:
     known, wanted = draws.sample(list(VALUES), 2)
     named = SOMEONE[known].format(what=facts[known][who]) if asks == "both" else who
     if asks == "person":
-        order = [other for kind, other in told if kind == known]
-        return Story(text, ASKED_FOR_PERSON[known].format(what=facts[known][who]), who, asks, "name", tuple(order))
-    order = [facts[wanted][other] for kind, other in told if kind == wanted]
-    return Story(text, ASKED_OF_PERSON[wanted].format(who=named), facts[wanted][who], asks, wanted, tuple(order))
+        kind, answer, question = "name", who, ASKED_FOR_PERSON[known].format(what=facts[known][who])
+        wanted, choices = known, [other for kind, other in told if kind == known]
+    else:
+        kind, answer, question = wanted, facts[wanted][who], ASKED_OF_PERSON[wanted].format(who=named)
+        choices = [facts[wanted][other] for kind, other in told if kind == wanted]
+    says = ANSWERED[wanted].format(who=who, what=facts[wanted][who])
+    return Story(text, question, answer, says, asks, kind, tuple(choices))
 
 
 # --- quality ---
+def answer_in(sentence: str, story: Story) -> str:
+    """Of a sentence that answers: the person, who comes first, or else the fact, which comes last."""
+    words = sentence.split() or [""]
+    return words[0] if story.asks == "person" else words[-1]
+
+
 def share_right(found: Sequence[str], expected: Sequence[Story]) -> float:
     """Of a hundred."""
     right = sum(answer == story.answer for answer, story in zip(found, expected, strict=True))
@@ -151,8 +166,8 @@ def answering(comm: Communicator, options: argparse.Namespace, say: Callable[[st
     layout = layout_of(options)
     train = list(islice(stories(options.seed, unseen=False), options.stories))
     unseen = list(islice(stories(options.seed + 1, unseen=True), options.questions))
-    words = Vocabulary(comm, (text for story in train[:4000] for text in (story.source, story.answer)), 1000)
-    sources, answers = words.encode([story.source for story in train]), words.encode([story.answer for story in train])
+    words = Vocabulary(comm, (text for story in train[:4000] for text in (story.source, story.says)), 1000)
+    sources, answers = words.encode([story.source for story in train]), words.encode([story.says for story in train])
     pairs = list(zip(sources, answers, strict=True))
     multiple = multiple_of(layout)
     config = Seq2SeqConfig(
@@ -164,12 +179,12 @@ def answering(comm: Communicator, options: argparse.Namespace, say: Callable[[st
     learner = Learner(comm, layout, Seq2Seq(config, options.seed), recipe)
     say(f"{len(train):,} stories to learn from, {len(unseen):,} held out; {learner.parameters:,} parameters")
     learner.train(Pairs(pairs, options.batch, multiple, options.seed).batch, say)
-    found = words.decode(learner.write(words.encode([story.source for story in unseen]), LONGEST_ANSWER))
+    written = words.decode(learner.write(words.encode([story.source for story in unseen]), LONGEST_ANSWER))
+    found = [answer_in(sentence, story) for sentence, story in zip(written, unseen, strict=True)]
     for asks in ("fact", "person", "both"):
         chosen = [index for index, story in enumerate(unseen) if story.asks == asks]
         right = share_right([found[index] for index in chosen], [unseen[index] for index in chosen])
-        story = unseen[chosen[0]]
-        say(f"  asked for {asks:6} {right:5.1f} of a hundred right: {story.question} {found[chosen[0]]}")
+        say(f"  asked for {asks:6} {right:5.1f} of a hundred right: {unseen[chosen[0]].question} {written[chosen[0]]}.")
     return right_beside(train, unseen, found)
 
 

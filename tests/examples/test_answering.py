@@ -32,6 +32,7 @@ def read(story: Story) -> str:
 def test_every_answer_follows_from_its_story() -> None:
     found = list(islice(stories(7, unseen=False), 600))
     assert [read(story) for story in found] == [story.answer for story in found]
+    assert all(answering.answer_in(story.says, story) == story.answer for story in found)
     assert {story.asks for story in found} == {"fact", "person", "both"}
     assert all(story.answer in story.choices for story in found)
     assert {len(story.choices) for story in found} == {1, 2, 3}
