@@ -1,67 +1,64 @@
-"""examples/answering.py: stories that have one right answer, which a reader of our own finds as well."""
+"""examples/answering.py: a world in which every question has one answer, and a split that leaves each fact a way in."""
 
 from __future__ import annotations
 
-import re
-from itertools import islice
-
 import answering
 import pytest
-from answering import Story, stories
+from answering import questions, split
 
 from tests.examples.runs import expect_beaten, few_steps, whole_run
 
 
-def read(story: Story) -> str:
-    """The answer, by patterns that know the wordings but not the program that made the story."""
-    facts: dict[str, dict[str, str]] = {}
-    for sentence in re.findall(r"[^.]+\.", story.text):
-        for kind, wordings in answering.SAID.items():
-            for wording in wordings:
-                pattern = (
-                    re.escape(wording).replace(r"\{who\}", "(?P<who>[A-Z]\\w+)").replace(r"\{what\}", "(?P<what>\\w+)")
-                )
-                found = re.fullmatch(pattern, sentence.strip())
-                if found and found["what"] in answering.VALUES[kind]:
-                    facts.setdefault(found["who"], {})[kind] = found["what"]
-    named = set(re.findall(r"\w+", story.question))
-    (who,) = (name for name, known in facts.items() if name in named or named & set(known.values()))
-    return who if story.question.startswith("Who ") else facts[who][story.kind]
+def test_wordings_of_one_fact_have_one_answer_and_worlds_differ() -> None:
+    found = questions(60, seed=0)
+    assert len({question.text for question in found}) == len(found) == 60 * sum(map(len, answering.ASKED.values()))
+    facts: dict[tuple[str, str], set[str]] = {}
+    for question in found:
+        (wording,) = (each for each in answering.ASKED[question.kind] if name_in(question.text, each))
+        facts.setdefault((name_in(question.text, wording), question.kind), set()).add(question.answer)
+    assert len(facts) == 60 * len(answering.VALUES) and all(len(answers) == 1 for answers in facts.values())
+    assert found == questions(60, seed=0) != questions(60, seed=1)
 
 
-def test_every_answer_follows_from_its_story() -> None:
-    found = list(islice(stories(7, unseen=False), 600))
-    assert [read(story) for story in found] == [story.answer for story in found]
-    assert all(answering.answer_in(story.says, story) == story.answer for story in found)
-    assert {story.asks for story in found} == {"fact", "person", "both"}
-    assert all(story.answer in story.choices for story in found)
-    assert {len(story.choices) for story in found} == {1, 2, 3}
-    assert {len(story.choices) for story in islice(stories(7, unseen=True), 50)} == {3}
+def name_in(text: str, wording: str) -> str:
+    """ "Ada Falk" of "{who} drinks what?" and "Ada Falk drinks what?"; "" where the wording is another."""
+    before, after = wording.split("{who}")
+    name = text.removeprefix(before).removesuffix(after)
+    return name if before + name + after == text and len(name.split()) == 2 else ""
 
 
-def test_no_story_is_on_both_sides() -> None:
-    train = {story.text for story in islice(stories(0, unseen=False), 4000)}
-    unseen = {story.text for story in islice(stories(1, unseen=True), 200)}
-    assert len(train) == 4000 and len(unseen) == 200 and train.isdisjoint(unseen)
-    assert train.isdisjoint({story.text for story in islice(stories(0, unseen=True), 200)})
+def test_no_question_is_on_both_sides_and_its_fact_is_asked_for_in_other_words() -> None:
+    found = questions(300, seed=0)
+    train, unseen = split(found)
+    assert len(train) + len(unseen) == len(found) and 0.14 < len(unseen) / len(found) < 0.19
+    assert {question.text for question in train}.isdisjoint({question.text for question in unseen})
+    known = set().union(*map(asked_by, train))
+    reachable = [question for question in unseen if known & asked_by(question)]
+    assert len(reachable) > 0.999 * len(unseen)
 
 
-def test_baselines_know_little_and_a_reader_passes() -> None:
-    train, unseen = list(islice(stories(0, unseen=False), 3000)), list(islice(stories(1, unseen=True), 600))
-    verdict = answering.right_beside(train, unseen, [read(story) for story in unseen])
-    frequent, first = (bar.value for bar in verdict.bars)
+def asked_by(question: answering.Question) -> set[tuple[str, str, str]]:
+    """(name, kind, answer) by each wording that the text can be read as: some hold two words before the name."""
+    names = (name_in(question.text, wording) for wording in answering.ASKED[question.kind])
+    return {(name, question.kind, question.answer) for name in names if name}
+
+
+def test_baselines_know_little() -> None:
+    train, unseen = split(questions(300, seed=0))
+    verdict = answering.right_beside(train, unseen, [question.answer for question in unseen])
     assert verdict.value == 100 and verdict.passed
-    assert frequent < 15 and 25 < first < 42
-    assert not answering.right_beside(train, unseen, [story.choices[1] for story in unseen]).passed
+    assert verdict.bars[0].value < 16
+    guessed = answering.most_frequent(train, unseen)
+    assert not answering.right_beside(train, unseen, guessed).passed
 
 
-SMALL = {"batch": 16, "width": 16, "encoder_depth": 1, "heads": 2, "stories": 300, "questions": 20}
+SMALL = {"batch": 16, "width": 16, "encoder_depth": 1, "heads": 2, "people": 20}
 
 
 def test_a_few_steps_do_not_pass() -> None:
     (verdict, said), (other, _) = few_steps(answering.answering, answering.DEFAULTS | SMALL, steps=3)
     expect_beaten(verdict)
-    assert verdict == other and any("asked for both" in line for line in said)
+    assert verdict == other and any("town" in line for line in said)
 
 
 @pytest.mark.slow
