@@ -5,7 +5,7 @@ torchrun --standalone --nproc-per-node 2 examples/answering.py --tp 2       # th
 
 Of each of some hundred people five facts are drawn, and each fact can be asked for in eight wordings. One question in
 six is held out. Its answer follows from nothing but the same fact asked for in other words: the model has to learn
-which questions mean the same, and to keep 1,500 facts. First names and family names are shared by many people.
+which questions mean the same, and to keep 1,500 facts.
 
 Beside it: the answer that is most often right for such a question, and the answer to the question most like it.
 """
@@ -45,8 +45,9 @@ FREQUENT_MARGIN, NEAREST_MARGIN = 40.0, 20.0
 """In points of a hundred."""
 ONE_IN, LONGEST_ANSWER = 6, 8
 
-FIRST = "Ada Boris Clara Dario Elsa Fabian Greta Hugo Ines Jonas Kira Lukas Mira Nils Olga Pavel Rosa Stefan Tilda Zeno"
-FAMILY = "Abend Berg Curie Dorn Esch Falk Grimm Hahn Igel Jung Klee Lenz Moor Nagel Ostrow Pfau Quast Reis Stern Thal"
+BEGINNINGS = "Al Bra Cor Dal Eri Fen Gal Hol Ila Jor Kal Lor Mar Nor Ola Per Ros Sil Tor Ul"
+ENDINGS = "bert dan dor fried gar helm ina ka lind mo nia os rik sa tan va wen xa ya zo"
+"""Of names."""
 VALUES = {
     "town": "Arbel Borun Caldis Dremo Eskar Falun Gorin Hestia Ilmar Jorat Kelven Lorna Mardel Norwik Ostan Pirel",
     "job": "baker potter tailor miller joiner painter sailor doctor teacher farmer singer printer weaver smith",
@@ -94,7 +95,7 @@ class Question:
 def questions(people: int, seed: int) -> list[Question]:
     """Every question about a world of so many people, whose facts depend on the seed."""
     draws = random.Random(seed)
-    names = [" ".join(name) for name in itertools.product(FIRST.split(), FAMILY.split())]
+    names = ["".join(name) for name in itertools.product(BEGINNINGS.split(), ENDINGS.split())]
     found: list[Question] = []
     for who in draws.sample(names, people):
         for kind, values in VALUES.items():
@@ -140,7 +141,7 @@ def answering(comm: Communicator, options: argparse.Namespace, say: Callable[[st
     layout = layout_of(options)
     multiple = multiple_of(layout)
     train, unseen = split(questions(options.people, options.seed))
-    words = Vocabulary(comm, (text for question in train for text in (question.text, question.answer)), 1000)
+    words = Vocabulary(comm, (text for question in train for text in (question.text, question.answer)), 2000)
     asked, answers = words.encode([each.text for each in train]), words.encode([each.answer for each in train])
     pairs = list(zip(asked, answers, strict=True))
     config = Seq2SeqConfig(

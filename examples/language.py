@@ -28,7 +28,7 @@ DEFAULTS = {
     "steps": 1200, "batch": 32, "context": 128, "width": 128, "depth": 4, "heads": 4, "lr": 3e-3, "seed": 0,
     "windows": 1024,
 }  # fmt: skip
-FREQUENCIES_MARGIN, ORDER_2_MARGIN, GZIP_MARGIN = 1.5, 0.5, 0.2
+FREQUENCIES_MARGIN, ORDER_2_MARGIN, GZIP_MARGIN = 2.0, 0.6, 0.15
 """In bits a byte."""
 
 

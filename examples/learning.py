@@ -393,6 +393,7 @@ def run(example: Example, options: argparse.Namespace) -> int:
         verdict = example(comm, options, say)
         for line in verdict.lines():
             say(line)
-        say(f"{time.perf_counter() - begin:.0f} s in all, {comm.world_size} ranks")
+        took, worked = time.perf_counter() - begin, time.process_time()
+        say(f"{took:.0f} s in all on {comm.world_size} ranks, of which the first computed {worked:.0f} s")
         comm.barrier()
     return int(first and not verdict.passed)

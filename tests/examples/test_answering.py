@@ -21,10 +21,10 @@ def test_wordings_of_one_fact_have_one_answer_and_worlds_differ() -> None:
 
 
 def name_in(text: str, wording: str) -> str:
-    """ "Ada Falk" of "{who} drinks what?" and "Ada Falk drinks what?"; "" where the wording is another."""
+    """ "Aldor" of "{who} drinks what?" and "Aldor drinks what?"; "" where the wording is another."""
     before, after = wording.split("{who}")
     name = text.removeprefix(before).removesuffix(after)
-    return name if before + name + after == text and len(name.split()) == 2 else ""
+    return name if before + name + after == text and name.isalpha() else ""
 
 
 def test_no_question_is_on_both_sides_and_its_fact_is_asked_for_in_other_words() -> None:
@@ -38,7 +38,7 @@ def test_no_question_is_on_both_sides_and_its_fact_is_asked_for_in_other_words()
 
 
 def asked_by(question: answering.Question) -> set[tuple[str, str, str]]:
-    """(name, kind, answer) by each wording that the text can be read as: some hold two words before the name."""
+    """(name, kind, answer) by each wording that the text can be read as."""
     names = (name_in(question.text, wording) for wording in answering.ASKED[question.kind])
     return {(name, question.kind, question.answer) for name in names if name}
 
