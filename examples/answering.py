@@ -38,7 +38,7 @@ from paracomm.comm import Communicator
 from paracomm.models import Seq2Seq, Seq2SeqConfig
 
 DEFAULTS = {
-    "steps": 2500, "batch": 64, "width": 128, "depth": 1, "encoder_depth": 2, "heads": 4, "dropout": 0.1, "lr": 2e-3,
+    "steps": 3000, "batch": 64, "width": 128, "depth": 1, "encoder_depth": 2, "heads": 4, "dropout": 0.0, "lr": 3e-3,
     "seed": 0, "people": 300,
 }  # fmt: skip
 FREQUENT_MARGIN, NEAREST_MARGIN = 40.0, 20.0

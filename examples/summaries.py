@@ -44,7 +44,7 @@ from paracomm.comm import Communicator
 from paracomm.models import Seq2Seq, Seq2SeqConfig
 
 DEFAULTS = {
-    "steps": 2000, "batch": 64, "width": 128, "depth": 2, "heads": 4, "dropout": 0.1, "lr": 2e-3, "seed": 0,
+    "steps": 1500, "batch": 64, "width": 128, "depth": 2, "heads": 4, "dropout": 0.1, "lr": 3e-3, "seed": 0,
     "vocabulary": 4000, "code": 40, "longest": 24, "questions": 1000,
 }  # fmt: skip
 LEAD_MARGIN, CONSTANT_MARGIN = 5.0, 5.0

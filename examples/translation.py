@@ -44,7 +44,7 @@ from paracomm.errors import InvalidArgument
 from paracomm.models import Seq2Seq, Seq2SeqConfig
 
 DEFAULTS = {
-    "steps": 5000, "batch": 64, "width": 160, "depth": 2, "heads": 4, "dropout": 0.1, "lr": 2e-3, "seed": 0,
+    "steps": 4000, "batch": 64, "width": 160, "depth": 2, "heads": 4, "dropout": 0.1, "lr": 3e-3, "seed": 0,
     "vocabulary": 3000, "longest": 40, "catalogues": str(Path(sys.prefix) / "catalogues"),
 }  # fmt: skip
 COPY_MARGIN, MEMORY_MARGIN = 10.0, 3.0

@@ -23,6 +23,7 @@ from learning import (
     pairs_batch,
     run,
     shared_out,
+    start_narrow,
 )
 from ranks import Rank, run_ranks
 
@@ -129,6 +130,14 @@ def test_the_exit_code(value: float, code: int, capsys: pytest.CaptureFixture[st
 
 
 # --- the loop ---
+def test_matrices_start_as_wide_as_the_model_asks() -> None:
+    model = Seq2Seq(Seq2SeqConfig(64, 1, 2, 16, vocabulary=500))
+    ones = model.norm.weight.clone()
+    start_narrow(model)
+    assert float(model.token.weight.detach().std()) == pytest.approx(1 / 8, rel=0.03)
+    assert torch.equal(model.norm.weight, ones)
+
+
 STEPS, ROWS = 4, 7
 """Rows that two ranks do not share evenly, of targets of different lengths."""
 
