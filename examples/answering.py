@@ -41,7 +41,7 @@ DEFAULTS = {
     "steps": 3000, "batch": 64, "width": 128, "depth": 1, "encoder_depth": 2, "heads": 4, "dropout": 0.0, "lr": 3e-3,
     "seed": 0, "people": 300,
 }  # fmt: skip
-FREQUENT_MARGIN, NEAREST_MARGIN = 40.0, 20.0
+FREQUENT_MARGIN, NEAREST_MARGIN = 50.0, 50.0
 """In points of a hundred."""
 ONE_IN, LONGEST_ANSWER = 6, 8
 
