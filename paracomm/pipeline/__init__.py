@@ -3,5 +3,16 @@
 from paracomm.pipeline import schedules as schedules  # fills the registry
 from paracomm.pipeline.action import Action, PipelineSchedule, read_schedule
 from paracomm.pipeline.registry import SCHEDULES, build, pipeline_schedule
+from paracomm.pipeline.verify import Fault, faults, verify
 
-__all__ = ["SCHEDULES", "Action", "PipelineSchedule", "build", "pipeline_schedule", "read_schedule"]
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Fault",
+    "PipelineSchedule",
+    "build",
+    "faults",
+    "pipeline_schedule",
+    "read_schedule",
+    "verify",
+]

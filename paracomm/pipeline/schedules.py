@@ -1,11 +1,11 @@
 """The schedules. Every one of them takes the microbatches of a stage in rising order, in each kind of action, so that
-gradients add up in the same order whatever the schedule; for that reason, too, no whole backward of a stage comes between
-a B and its W.
+gradients add up in the same order whatever the schedule; for that reason, too, no whole backward of a stage comes
+between a B and its W.
 
-In the docstrings p is ranks, v stages a rank, m microbatches, r a rank; f, b, w the seconds of one stage's actions for one
-microbatch, b without w. The bubble is the idle share of a step. tests/pipeline/test_simulate.py holds every schedule to
-the times and peaks stated here. Where m is too small for a V it is written for more microbatches, and the surplus is left
-out: a right schedule without some of its microbatches is right, since none waits for another one's results.
+In the docstrings p is ranks, v stages a rank, m microbatches, r a rank; f, b, w the seconds of one stage's actions for
+one microbatch, b without w. The bubble is the idle share of a step. tests/pipeline/test_simulate.py holds every
+schedule to the times and peaks stated here. Where m is too small for a V it is written for more microbatches, and the
+surplus is left out: a right schedule without some of its microbatches is right, since none waits for another one.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def interleaved(ranks: int, stages: int, microbatches: int) -> list[list[Action]
     Microbatches go in rounds of p: all of a round through a rank's first stage, then through its second, ...; backward
     the other way. Ahead of the first backward are 2 (p - r - 1) + (v - 1) p forwards (Megatron-LM's warm-up).
 
-    Bubble (p - 1) / (v m + p - 1) where p divides m; else rounds are longer, between p and 2 p - 1, which costs memory
-    and no time; with m < p there is one round, and time is lost. A rank keeps min(v m, 2 (p - r - 1) + (v - 1) round + 1)
-    activations of a stage.
+    Bubble (p - 1) / (v m + p - 1) if m >= p. Where p does not divide m, rounds are longer, up to 2 p - 1, which costs
+    memory and no time; with m < p there is one short round, and time is lost. A rank keeps
+    min(v m, 2 (p - r - 1) + (v - 1) round + 1) activations of a stage.
     """
     each = stages // ranks
     rounds = _rounds(ranks, microbatches)
@@ -120,9 +120,10 @@ def dual_pipe_v(ranks: int, stages: int, microbatches: int) -> list[list[Action]
     """As zbv, but backward is whole wherever nobody waits for it (DeepSeek-AI, "DeepSeek-V3 technical report", 2024,
     DualPipe; its V form cut in half, from DeepSeek's DualPipe repository).
 
-    There a forward and a backward that are neighbours in the middle run as one, to hide the communication of experts, and
-    idle for (p - 1) (f + 2 b - w). Here they run one after the other, and the results of the first leave earlier: idle for
-    (p - 1) (f + b - w), if f = b >= w and m >= 2 p. A rank keeps at most min(2 m, 2 p + 1) activations of a stage.
+    There a forward and a backward that are neighbours in the middle run as one, to hide the communication of experts,
+    and ranks are idle for (p - 1) (f + 2 b - w) if that hides nothing. Here they run one after the other, so that the
+    results of the first leave earlier: idle for (p - 1) (f + b - w), if f = b >= w and m >= 2 p. A rank keeps at most
+    min(2 m, 2 p + 1) activations of a stage.
     """
     written = max(microbatches, 2 * ranks)
     program = []
