@@ -15,6 +15,7 @@ from itertools import count
 
 from paracomm.errors import InvalidArgument, ScheduleError
 from paracomm.pipeline.action import BACKWARD, FORWARD, KINDS, WEIGHT, Action, PipelineSchedule
+from paracomm.pipeline.memory import kept
 from paracomm.pipeline.replay import replay
 
 Places = dict[Action, tuple[int, int]]
@@ -50,7 +51,7 @@ def faults(schedule: PipelineSchedule, *, memory: int | Sequence[int] | None = N
     """Everything that is wrong, in the order of ranks and positions; empty for a right schedule.
 
     memory: the most activations that a rank may keep, or one number for each rank, in units of one stage and
-        microbatch. One is kept from its F until its W, or until its B where there is no W.
+        microbatch, see memory.py.
 
     What needs a whole schedule is looked for only where it is whole: deadlocks, and then memory.
     Raises InvalidArgument for a memory that is no such number.
@@ -64,11 +65,6 @@ def faults(schedule: PipelineSchedule, *, memory: int | Sequence[int] | None = N
         found = [*_deadlock(schedule), *_memory(schedule, limits)]
     last = max(map(len, schedule.ranks), default=0)
     return sorted(found, key=lambda f: (-1 if f.rank is None else f.rank, last if f.position is None else f.position))
-
-
-def peaks(schedule: PipelineSchedule) -> list[int]:
-    """The most activations, in units of one stage and microbatch, that each rank keeps at a time."""
-    return [max(kept, default=0) for kept in _kept(schedule)]
 
 
 def _limits(schedule: PipelineSchedule, memory: int | Sequence[int] | None) -> list[int] | None:
@@ -176,22 +172,11 @@ def _deadlock(schedule: PipelineSchedule) -> Iterator[Fault]:
         yield Fault(rank, position, reason, schedule.ranks[rank][position])
 
 
-def _kept(schedule: PipelineSchedule) -> Iterator[list[int]]:
-    """For each rank, how many activations it keeps after each of its actions."""
-    for mine in schedule.ranks:
-        kept, history = 0, []
-        for stage, kind, microbatch in mine:
-            kept += kind == FORWARD
-            history.append(kept)
-            kept -= kind == WEIGHT or (kind == BACKWARD and (stage, microbatch) not in schedule.split)
-        yield history
-
-
 def _memory(schedule: PipelineSchedule, limits: list[int] | None) -> Iterator[Fault]:
     """The first action of a rank at which it keeps too much."""
-    for rank, (kept, limit) in enumerate(zip(_kept(schedule), limits or [], strict=False)):
-        for position, number in enumerate(kept):
+    for rank, (history, limit) in enumerate(zip(kept(schedule), limits or [], strict=False)):
+        for position, number in enumerate(history):
             if number > limit:
-                reason = f"the rank keeps {number} activations, expected at most {limit}"
+                reason = f"the rank keeps {number:.0f} activations, expected at most {limit}"
                 yield Fault(rank, position, reason, schedule.ranks[rank][position])
                 break
