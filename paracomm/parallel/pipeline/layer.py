@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -92,10 +93,10 @@ def cut_evenly(layers: int, stages: int) -> list[int]:
 def expect_cut(first: Sequence[int], layers: int, stages: int) -> None:
     """Raises InvalidArgument unless `first` starts `stages` stages of at least one of `layers` layers."""
     edges = [*first, layers]
-    if len(first) != stages or edges[0] != 0 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+    if len(first) != stages or edges[0] != 0 or any(a >= b for a, b in itertools.pairwise(edges)):
         raise InvalidArgument(
-            f"pipeline: the stages begin with layers {list(first)} of {layers}, expected {stages} rising numbers from 0 "
-            "on, at least one layer in each"
+            f"pipeline: the stages begin with layers {list(first)} of {layers}, expected {stages} rising numbers from "
+            "0 on, at least one layer in each"
         )
 
 

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: the ranks of an axis share a model's layers, and microbatches pass through them by a schedule."""
+"""Pipeline parallelism: ranks share a model's layers, and microbatches pass through them by a schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from paracomm.parallel.clip import global_norm, scale
 from paracomm.parallel.data import DataParallel
 from paracomm.parallel.mesh import Mesh
 from paracomm.parallel.optimizer import Groups, Shards
-from paracomm.parallel.pipeline.layer import Layer, cut_evenly, expect_cut, layers_of
+from paracomm.parallel.pipeline.layer import cut_evenly, expect_cut, layers_of
 from paracomm.parallel.pipeline.runner import Step
 from paracomm.parallel.pipeline.stage import make_stages
 from paracomm.parallel.recompute import Mode
@@ -55,8 +55,8 @@ class Pipeline(nn.Module):
         recompute: "none", "selective" or "full". Where a schedule has backward in two parts, "full" keeps a stage's
             inputs and runs the whole stage again; elsewhere each block by itself.
 
-    See DataParallel for the other arguments. Raises InvalidArgument for a schedule of another number of ranks, a cut that
-    is none, and for what layers_of() and make_stages() refuse.
+    See DataParallel for the other arguments. Raises InvalidArgument for a schedule of another number of ranks, a cut
+    that is none, and for what layers_of() and make_stages() refuse.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Runs a rank's list of actions. It knows no schedule by name: an action takes what it needs, and waits where it must."""
+"""Runs a rank's list of actions. It knows no schedule by name: an action takes what it needs, or waits for it."""
 
 from __future__ import annotations
 

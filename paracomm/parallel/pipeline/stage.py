@@ -7,9 +7,10 @@ module, or a parameter, of its own in each of them.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -53,7 +54,7 @@ def make_stages(model: nn.Module, layers: Sequence[Layer], first: Sequence[int],
     edges = [*first, len(layers)]
     owner: dict[int, int] = {}
     everyone = []
-    for index, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    for index, (a, b) in enumerate(itertools.pairwise(edges)):
         everyone.append(_thinned_stage(model, layers[a:b], index, owner))
         if not any(parameter.requires_grad for parameter in everyone[-1].parameters()):
             raise InvalidArgument(f"pipeline: stage {index} has no parameters to train; cut the model elsewhere")
@@ -110,8 +111,8 @@ def _on_copies(layer: Layer, standing: dict[int, nn.Module], stage: int) -> Laye
         call = call.__func__.__get__(standing[id(bound_to)])  # type: ignore[attr-defined]
     elif any(a is not b for a, b in zip(uses, layer.uses, strict=True)):
         raise InvalidArgument(
-            f"pipeline: stage {stage} uses a {type(uses[0]).__name__} that an earlier stage uses too, through a function "
-            "that is no method of the model; make it one, let the two be one stage, or let them share a parameter only"
+            f"pipeline: stage {stage} uses a {type(uses[0]).__name__} that an earlier stage uses too, through a "
+            "function that is no method of the model; make it one, or let them be one stage, or share a parameter only"
         )
     return replace(layer, call=call, modules=uses)
 
@@ -135,5 +136,5 @@ def _copy(parameter: nn.Parameter, name: str) -> nn.Parameter:
     mark(twin, shard_of(parameter), partial_of(parameter))
     twin.copy_of = name
     for each in (parameter, twin):
-        each.tied = name
-    return twin  # type: ignore[no-any-return]
+        setattr(each, "tied", name)  # noqa: B010
+    return cast("nn.Parameter", twin)

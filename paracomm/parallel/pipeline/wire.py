@@ -1,8 +1,8 @@
 """What goes from stage to stage: activations onwards, their gradients back, each way between two stages in order.
 
 A sender goes on at once. A receiver asks for the next message of a way as soon as it has taken one, so that it moves
-meanwhile. The first activations of a step are preceded by their forms, which hold for the whole step. Stages of one rank
-hand over what they have.
+meanwhile. The first activations of a step are preceded by their forms, which hold for the whole step. Stages of one
+rank hand over what they have.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Way:
                 sent.append(self._send(_described(forms, self._name)))
         elif forms != self.forms:
             raise InvalidArgument(
-                f"pipeline: {self._name} are {_shown(forms)} for this microbatch, and were {_shown(self.forms)} for the "
-                "first one of the step; expected microbatches of one shape"
+                f"pipeline: {self._name} are {_shown(forms)} for this microbatch, and were {_shown(self.forms)} for "
+                "the first one of the step; expected microbatches of one shape"
             )
         if self._peer is None:
             self._handed.append([x.detach().requires_grad_(x.requires_grad) for x in tensors])
@@ -102,6 +102,7 @@ class Way:
         self._asked = room, [self._comm.recv(x, self._peer, tag=self._tag, async_op=True) for x in room]
 
     def _send(self, x: Tensor) -> Any:
+        assert self._peer is not None
         return self._comm.send(x, self._peer, tag=self._tag, async_op=True)
 
 
@@ -111,8 +112,8 @@ _WORDS = 1 + TENSORS * (3 + DIMS)
 def _described(forms: Sequence[Form], name: str) -> Tensor:
     if len(forms) > TENSORS or any(len(form.shape) > DIMS or form.dtype not in _DTYPES for form in forms):
         raise InvalidArgument(
-            f"pipeline: {name} are {_shown(forms)}, expected at most {TENSORS} tensors of at most {DIMS} dimensions, of "
-            f"a dtype among {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}"
+            f"pipeline: {name} are {_shown(forms)}, expected at most {TENSORS} tensors of at most {DIMS} dimensions, "
+            f"of a dtype among {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}"
         )
     words = torch.zeros(_WORDS, dtype=torch.int64)
     words[0] = len(forms)
