@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -170,6 +171,18 @@ class Pipeline(nn.Module):
         """(name in the model, parameter) of this rank's stages, copies of tied ones under names of their own."""
         for part in self._part.values():
             yield from part.module.named_parameters()
+
+    def everywhere(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the ranks of pp have under each name, together, on all of them. Collective over pp; names are disjoint."""
+        described = [[name, str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in tensors.items()]
+        found: dict[str, Tensor] = {}
+        for rank, blob in enumerate(self.comm.exchange(json.dumps(described).encode())):
+            for name, dtype, shape in json.loads(blob):
+                mine = rank == self.comm.rank
+                x = tensors[name].detach().clone() if mine else torch.empty(shape, dtype=getattr(torch, dtype))
+                found[name] = x.contiguous()
+                self.comm.broadcast(found[name], root=rank)
+        return found
 
     def optimizer(
         self, kind: type[torch.optim.Optimizer], groups: Groups = None, **options: Any
