@@ -153,6 +153,8 @@ class Trainer:
             chunks=case.chunks,
         )  # fmt: skip
         self.local = 0.0
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self._note)
         self.states: list[Any] = []
         wrapped: dict[str, Any] = {
             "zero": case.zero, "average": False, "precision": case.precision, "overlap": case.overlap,
@@ -170,8 +172,9 @@ class Trainer:
             if case.hook is not None:
                 wrapped["state"], wrapped["hook"] = self._make_hook()
             self.parallel = DataParallel(model, self.mesh, **wrapped)
-        for _, parameter in self._named():
-            parameter.register_post_accumulate_grad_hook(self._note)
+        for copied in (p for part in self.parallel.parts for p in part.module.parameters() if hasattr(p, "copy_of")):
+            if case.hook is not None:  # elsewhere nobody asks for it, and gradients may have left by then
+                copied.register_post_accumulate_grad_hook(self._note)
         self.optimizer = self.parallel.optimizer(kind, **options)
 
     def _make_hook(self) -> tuple[Any, Any]:

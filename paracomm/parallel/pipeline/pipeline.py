@@ -173,7 +173,7 @@ class Pipeline(nn.Module):
             yield from part.module.named_parameters()
 
     def everywhere(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the ranks of pp have under each name, together, on all of them. Collective over pp; names are disjoint."""
+        """What the ranks of pp have under each name, on all of them. Collective over pp; names are disjoint."""
         described = [[name, str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in tensors.items()]
         found: dict[str, Tensor] = {}
         for rank, blob in enumerate(self.comm.exchange(json.dumps(described).encode())):
