@@ -281,7 +281,6 @@ REFUSALS = [
     Refusal({"sequence": True}, "sequence with tp 1", ("tp", "sequence")),
     Refusal({"schedule": "zbv"}, "they are a pipeline's"),
     Refusal({"microbatches": 4}, "they are a pipeline's"),
-    Refusal({"pp": 4, "schedule": "interleaved", "microbatches": 6}, "interleaved"),
     Refusal({"pp": 4, "schedule": "zbv"}, "8 stages, more than the 6 layers", facts={"layers": 6}),
     Refusal({"pp": 2}, "4 microbatches do not divide the 6 samples", ("pp", "accumulation"), {"rows": 6}),
     Refusal({"hook": "local_sgd"}, "averages models between steps"),
