@@ -69,8 +69,8 @@ def interleaved(ranks: int, stages: int, microbatches: int) -> list[list[Action]
 def zero_bubble_h1(ranks: int, stages: int, microbatches: int) -> list[list[Action]]:
     """1F1B with W after its B by r microbatches (Qi et al., "Zero bubble pipeline parallelism", ICLR 2024, ZB-H1).
 
-    At the end, when 1F1B waits for gradients, a rank has weights left to do. Idle for (p - 1) (f + b - w), if f >= w
-    and m >= p; every rank keeps min(m, p) activations until their W, which is what 1F1B's first rank keeps.
+    At the end, when 1F1B waits for gradients, a rank has weights left to do. Idle for (p - 1) (f + b - w), if w is
+    at most f and b, and m >= p; every rank keeps min(m, p) activations until their W, as many as 1F1B's first rank.
     """
     program = []
     for rank in range(ranks):

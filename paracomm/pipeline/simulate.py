@@ -178,7 +178,5 @@ def _link(links: Link | Mapping[tuple[int, int], Link], pair: tuple[int, int]) -
     if link is None:
         raise InvalidArgument(f"pipeline: there is no link from rank {pair[0]} to rank {pair[1]}, which sends to it")
     if not (link.latency_s >= 0 and isfinite(link.latency_s) and link.bytes_per_s > 0):
-        raise InvalidArgument(
-            f"pipeline: {link}, expected a finite latency of 0 or more, and more than 0 bytes a second"
-        )
+        raise InvalidArgument(f"pipeline: {link}, expected a finite latency, 0 or more, and a rate above 0")
     return link
