@@ -85,7 +85,7 @@ def _metadata(of: str, rank: int, lane: int, name: str, place: int) -> list[dict
 def _lanes(record: Record) -> dict[str, list[Event]]:
     """Events by lane; in a lane they lie inside of each other or apart, as viewers expect."""
     lanes: dict[str, list[Event]] = {COMPUTE: [], WAIT: []}
-    threads: dict[str, list[Event]] = {}
+    threads: dict[int, list[Event]] = {}
     under_way: dict[str, list[Event]] = {}
     for event in record.events:
         if event.lane:
@@ -93,11 +93,14 @@ def _lanes(record: Record) -> dict[str, list[Event]]:
         elif event.thread == record.thread:
             lanes[COMPUTE if event.kind in ("step", "compute") else WAIT].append(event)
         else:
-            threads.setdefault(f"thread {event.thread}", []).append(event)
+            threads.setdefault(event.thread, []).append(event)
     for lane in sorted(under_way):
         for number, events in enumerate(_apart(under_way[lane]), 1):
             lanes[lane if number == 1 else f"{lane} {number}"] = events
-    return lanes | dict(sorted(threads.items()))
+    for thread, events in threads.items():
+        name = f"thread {record.threads[thread]}"
+        lanes[name if name not in lanes else f"{name} ({thread})"] = events
+    return lanes
 
 
 def _apart(events: Iterable[Event]) -> list[list[Event]]:

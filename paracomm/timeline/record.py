@@ -23,7 +23,7 @@ _OFF = nullcontext()
 
 
 class Event(NamedTuple):
-    """start_ns, end_ns: of clock.now(). lane: of what is under way by itself; "": what `thread` did.
+    """start_ns, end_ns: of clock.now(). lane: of what is under way by itself; "": what `thread`, by its number, did.
 
     asked_ns: when it was asked for, where that was before it started.
     """
@@ -33,7 +33,7 @@ class Event(NamedTuple):
     start_ns: int
     end_ns: int
     lane: str
-    thread: str
+    thread: int
     details: dict[str, Any]
     asked_ns: int = 0
 
@@ -45,13 +45,24 @@ class Record:
         self.rank = rank
         self.world_size = world_size
         self.clock = clock
-        self.thread = threading.current_thread().name
+        self.thread = threading.get_ident()
         """Who started it: the shares of a step are of what this thread did."""
+        self.threads: dict[int, str] = {}
+        """Names of all that wrote."""
         self.events: list[Event] = []
         self.start_ns = now()
         self.end_ns = 0
         """0 while it is on."""
         self._later: list[tuple[Event, Times]] = []
+
+    def event(
+        self, kind: str, name: str, start_ns: int, end_ns: int, lane: str, details: dict[str, Any], asked_ns: int = 0
+    ) -> Event:
+        """An event of the calling thread, which the caller puts where it belongs."""
+        thread = threading.get_ident()
+        if thread not in self.threads:
+            self.threads[thread] = threading.current_thread().name
+        return Event(kind, name, start_ns, end_ns, lane, thread, details, asked_ns)
 
     def close(self) -> None:
         """Nothing is added any more. What is still under way has the record's end as its own."""
@@ -81,8 +92,8 @@ class _Span:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self.record.end_ns:
-            thread = threading.current_thread().name
-            self.record.events.append(Event(self.kind, self.name, self.start_ns, now(), "", thread, self.details))
+            event = self.record.event(self.kind, self.name, self.start_ns, now(), "", self.details)
+            self.record.events.append(event)
 
 
 def span(kind: Kind, name: str, **details: Any) -> AbstractContextManager[None]:
@@ -98,15 +109,14 @@ def span(kind: Kind, name: str, **details: Any) -> AbstractContextManager[None]:
 def add(kind: Kind, name: str, start_ns: int, end_ns: int, *, lane: str, **details: Any) -> None:
     """Records what was under way by itself from start_ns to end_ns (time.perf_counter_ns), in a lane of that name."""
     if current is not None:
-        current.events.append(Event(kind, name, start_ns, end_ns, lane, threading.current_thread().name, details))
+        current.events.append(current.event(kind, name, start_ns, end_ns, lane, details))
 
 
 def later(kind: Kind, name: str, times: Times, *, lane: str, **details: Any) -> None:
     """Like add(), for what has begun now: stop() asks `times` for (start_ns, end_ns), None where it has not ended."""
     if current is not None:
         asked = now()
-        event = Event(kind, name, asked, 0, lane, threading.current_thread().name, details, asked)
-        current._later.append((event, times))
+        current._later.append((current.event(kind, name, asked, 0, lane, details, asked), times))
 
 
 def start(comm: Any = None) -> Record:

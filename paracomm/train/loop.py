@@ -235,11 +235,12 @@ def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step
     config, held_out_bits = trainer.config, math.nan
     window = Window()
     for step in range(first_step, config.steps):
-        start, blocked = time.perf_counter(), trainer.replicated.blocked_s or 0.0
+        blocked = trainer.replicated.blocked_s or 0.0
         with tracer.step(step):
+            start = time.perf_counter()
             window.loss += float(trainer.backward(step))
             norm = trainer.update(step)
-        window.seconds += time.perf_counter() - start
+            window.seconds += time.perf_counter() - start
         window.blocked_s += (trainer.replicated.blocked_s or 0.0) - blocked
         window.steps += 1
         done, last = step + 1, step + 1 == config.steps

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from paracomm import timeline
+from paracomm.errors import InvalidArgument
 
 WARM_UP = 3
 """Steps that are left out where there are enough: the first ones make plans, buckets and the optimizer's state."""
@@ -17,7 +18,8 @@ WARM_UP = 3
 class Tracer:
     """Records `steps` of the steps first..end-1 into `folder`/rank-N.json; nothing if `folder` is None.
 
-    Use it as a context, with step() around each step, on every rank of `comm`.
+    Use it as a context, with step() around each step, on every rank of `comm`. Raises InvalidArgument for a folder that
+    cannot be made.
     """
 
     def __init__(
@@ -47,6 +49,12 @@ class Tracer:
         record.write(self._folder / f"rank-{record.rank}.json")
 
     def __enter__(self) -> Tracer:
+        if self._from < self._until and self._folder is not None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"train: cannot write a trace to '{self._folder}': {error.strerror}"
+                raise InvalidArgument(why) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

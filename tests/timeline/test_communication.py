@@ -145,8 +145,8 @@ def launched_before(rank: Rank) -> None:
         comm.send(np.ones(4), 0)
     record = timeline.stop()
     if rank.rank == 0:
-        waits = {event.thread: event.details["operation"] for event in of_kind(record, "wait")}
-        assert waits[record.thread] == "operation" and waits["beside"] == "recv"
+        waits = {record.threads[event.thread]: event.details["operation"] for event in of_kind(record, "wait")}
+        assert waits == {"MainThread": "operation", "beside": "recv"}
         assert [event.name for event in of_kind(record, "communication")] == ["recv"]
 
 

@@ -58,6 +58,26 @@ def test_spans_of_threads_errors_and_ends():
     assert found.start_ns <= names["under way"].start_ns <= names["under way"].end_ns == found.end_ns
 
 
+def test_threads_of_one_name_have_lanes_of_their_own():
+    """Of the hooks, say: what they did may overlap."""
+    meet = threading.Barrier(2)
+
+    def work() -> None:
+        with timeline.span("compute", "beside"):
+            meet.wait()
+
+    timeline.start()
+    threads = [threading.Thread(target=work, name="twin") for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    events = document(timeline.stop())["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    found = [lanes[event["tid"]] for event in events if event["name"] == "beside"]
+    assert len(set(found)) == 2 and all(name.startswith("thread twin") for name in found)
+
+
 def test_a_file_is_chromes_format(tmp_path):
     timeline.start()
     with timeline.span("step", "step 0"), timeline.span("compute", "forward", turn=0):

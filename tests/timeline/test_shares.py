@@ -15,8 +15,6 @@ from paracomm.timeline.clock import Clock
 from paracomm.timeline.record import Event
 from paracomm.timeline.shares import common, union
 
-MAIN = "MainThread"
-
 
 def record_of(*spans: tuple, rank: int = 3) -> Record:
     """Of (kind, name, start, end[, details[, lane[, thread]]])."""
@@ -25,7 +23,8 @@ def record_of(*spans: tuple, rank: int = 3) -> Record:
     for kind, name, start, end, *others in spans:
         details = others[0] if others else {}
         lane = others[1] if len(others) > 1 else ""
-        thread = others[2] if len(others) > 2 else MAIN
+        thread = others[2] if len(others) > 2 else record.thread
+        record.threads.setdefault(thread, f"number {thread}")
         record.events.append(Event(kind, name, start, end, lane, thread, details))
     return record
 
@@ -81,8 +80,8 @@ def test_what_is_of_no_step_or_of_another_thread_does_not_count():
         ("step", "step 8", 1500, 1600),
         ("compute", "evaluation", 1200, 1400),
         ("wait", "barrier", 1400, 1450, {"axis": "world", "operation": "barrier"}),
-        ("compute", "hook", 100, 1100, {}, "", "a lane"),
-        ("wait", "all_reduce", 100, 1100, DP, "", "a lane"),
+        ("compute", "hook", 100, 1100, {}, "", -1),
+        ("wait", "all_reduce", 100, 1100, DP, "", -1),
         ("compute", "forward", 1520, 1570),
     )
     assert found.steps == 2 and found.total_ns == 1100

@@ -99,6 +99,10 @@ def test_a_short_run_and_a_failed_one(options, tmp_path, monkeypatch):
             raise RuntimeError("out of luck")
         return update(self, step)
 
+    nowhere = tmp_path / "text" / "trace"
+    ((code, said),) = run_ranks(1, trained, [*options, "--trace", str(nowhere)])
+    assert code == 1 and "error: train: cannot write a trace to" in said and "Not a directory" in said
+
     monkeypatch.setattr(Trainer, "update", fail)
     with pytest.raises(AssertionError, match="out of luck"):
         run_ranks(1, trained, [*options, "--trace", str(tmp_path / "failed")])
