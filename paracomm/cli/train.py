@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paracomm.errors import Error
+from paracomm.errors import Error, InvalidArgument
 
 if TYPE_CHECKING:
     from paracomm.train.check import Agreement
@@ -64,6 +64,10 @@ def train(
     backend: Annotated[str, typer.Option(help="torch.distributed backend of --reducer ddp.")] = "gloo",
     prompt: Annotated[str, typer.Option(help="Start of the sample.")] = "def ",
     sample_bytes: Annotated[int, typer.Option(help="Length of the sample.")] = 400,
+    trace: Annotated[
+        Path | None, typer.Option(help="Folder for what each rank did in some steps; then `paracomm trace FOLDER`.")
+    ] = None,
+    trace_steps: Annotated[int, typer.Option(help="Steps of --trace, after warm-up.")] = 3,
     check: Annotated[
         bool, typer.Option("--check", help="Compare a few steps of this layout with one process instead.")
     ] = False,
@@ -106,7 +110,11 @@ def train(
             backend=backend,
             prompt=prompt,
             sample_bytes=sample_bytes,
+            trace=trace,
+            trace_steps=trace_steps,
         )
+        if check and trace is not None:
+            raise InvalidArgument("train: --trace with --check, which trains in two ways: give one of them")
         agreed = _check(config, check_steps) if check else _train(config)
     except Error as error:
         typer.echo(f"error: {error}", err=True)

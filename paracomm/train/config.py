@@ -50,10 +50,12 @@ class TrainConfig:
     backend: str = "gloo"
     prompt: str = "def "
     sample_bytes: int = 400
+    trace: Path | None = None
+    trace_steps: int = 3
 
     def __post_init__(self) -> None:
         least_one = ("steps", "batch", "accumulate", "log_every", "eval_every", "eval_windows", "checkpoint_every")
-        for name in least_one:
+        for name in (*least_one, "trace_steps"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"train: {name} is {getattr(self, name)}, expected at least 1")
         for name in ("lr", "clip", "bucket_mib"):
@@ -72,6 +74,11 @@ class TrainConfig:
             raise InvalidArgument(f"train: name is '{self.name}', expected a plain folder name")
         if not self.prompt:
             raise InvalidArgument("train: the prompt is empty, expected at least one byte")
+        if self.trace is not None and self.reducer == "ddp":
+            raise InvalidArgument(
+                "train: trace with reducer ddp: DistributedDataParallel waits inside of backward and does not say how "
+                "long; use torch.profiler, or reducer paracomm"
+            )
         self._check_layout()
 
     def _check_layout(self) -> None:

@@ -20,11 +20,13 @@ from paracomm.models.gpt import GPT
 from paracomm.parallel.bucket import MIB
 from paracomm.parallel.loss import IGNORED
 from paracomm.parallel.rng import Place, at
+from paracomm.timeline import span
 from paracomm.train.checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from paracomm.train.config import DTYPES, TrainConfig
 from paracomm.train.data import Corpus, batch, evaluation_batches, load_corpus
 from paracomm.train.metrics import Display, MetricLog
-from paracomm.train.replicas import Replicas, open_replicas, use_one_thread
+from paracomm.train.replicas import MeshReplicas, Replicas, open_replicas, use_one_thread
+from paracomm.train.trace import Tracer
 from paracomm.train.whole import load_whole_state, whole_state
 
 FINAL_LR_SHARE = 0.1
@@ -81,9 +83,11 @@ class Trainer:
             last = turn == config.accumulate - 1
             place = self._place(step, (index * config.accumulate + turn) * self._share, len(x_BT))
             with at(place), nullcontext() if last else self.replicated.no_sync():
-                nats, count = self._nats(self.replicated, x_BT, y_BT)
-                loss = nats / (count * config.accumulate)
-                loss.backward()
+                with span("compute", "forward", turn=turn):
+                    nats, count = self._nats(self.replicated, x_BT, y_BT)
+                    loss = nats / (count * config.accumulate)
+                with span("compute", "backward", turn=turn):
+                    loss.backward()
             total += loss.detach()
         self.replicated.finish()
         return total
@@ -99,10 +103,12 @@ class Trainer:
 
     def update(self, step: int) -> float:
         """Clips, steps the optimizer, and returns the gradients' global norm before clipping."""
-        norm = self.replicated.clip_(self.config.clip)
+        with span("compute", "clip"):
+            norm = self.replicated.clip_(self.config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        self.optimizer.step()
+        with span("compute", "optimizer"):
+            self.optimizer.step()
         return norm
 
     @torch.no_grad()
@@ -200,7 +206,10 @@ def _train(config: TrainConfig, replicas: Replicas) -> Result:
     _expect_same(replicas, first_step, f"the last checkpoint in '{config.folder}'")
     trainer = Trainer(config, replicas, corpus, checkpoint)
     log: MetricLog | None = None
-    with Display(config.steps, first_step, rank=replicas.rank) as display:
+    with (
+        Display(config.steps, first_step, rank=replicas.rank) as display,
+        _tracer(trainer, display, first_step) as tracer,
+    ):
         if replicas.rank == 0:
             if checkpoint is None:
                 _move_aside(config.folder)
@@ -208,22 +217,30 @@ def _train(config: TrainConfig, replicas: Replicas) -> Result:
             (config.folder / "config.json").write_text(json.dumps(config.described(), indent=1) + "\n")
         _introduce(display, trainer, first_step, log)
         try:
-            held_out_bits = _steps(trainer, display, log, first_step)
+            held_out_bits = _steps(trainer, display, log, first_step, tracer)
         finally:
             if log is not None:
                 log.close()
     return _conclude(trainer, display, held_out_bits)
 
 
-def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step: int) -> float:
+def _tracer(trainer: Trainer, display: Display, first_step: int) -> Tracer:
+    config, replicas = trainer.config, trainer.replicas
+    comm = replicas.comm if isinstance(replicas, MeshReplicas) else None
+    return Tracer(config.trace, config.trace_steps, first_step, config.steps, comm, display.say)
+
+
+def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step: int, tracer: Tracer) -> float:
     """All steps from `first_step`; returns the last evaluation."""
     config, held_out_bits = trainer.config, math.nan
     window = Window()
     for step in range(first_step, config.steps):
-        start, blocked = time.perf_counter(), trainer.replicated.blocked_s or 0.0
-        window.loss += float(trainer.backward(step))
-        norm = trainer.update(step)
-        window.seconds += time.perf_counter() - start
+        blocked = trainer.replicated.blocked_s or 0.0
+        with tracer.step(step):
+            start = time.perf_counter()
+            window.loss += float(trainer.backward(step))
+            norm = trainer.update(step)
+            window.seconds += time.perf_counter() - start
         window.blocked_s += (trainer.replicated.blocked_s or 0.0) - blocked
         window.steps += 1
         done, last = step + 1, step + 1 == config.steps
