@@ -147,6 +147,21 @@ class DataParallel(nn.Module):
             weights.comm = twins[id(comm)]
 
     @property
+    def parts(self) -> list[DataParallel]:
+        """What this rank holds of the model, one for each stage of a pipeline: here the whole."""
+        return [self]
+
+    @property
+    def everyone(self) -> Any:
+        """The communicator of the whole mesh."""
+        return self._everyone
+
+    @property
+    def weights(self) -> list[Weights]:
+        """The parameters that require a gradient, a flat tensor for each bucket."""
+        return self._weights
+
+    @property
     def process_group(self) -> Any:
         """torch's default process group, which torch's hooks for ZeRO ask of a DistributedDataParallel."""
         import torch.distributed as dist
@@ -211,10 +226,10 @@ class DataParallel(nn.Module):
         Raises InvalidArgument for another kind, and for groups that do not hold each parameter once.
         """
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        return Shards(kind, self._weights, groups, named, self._publish, options).optimizer
+        return Shards(kind, self._weights, groups, named, self.publish, options).optimizer
 
-    def _publish(self) -> None:
-        """The parameters become what the owners have made of them."""
+    def publish(self) -> None:
+        """The parameters become what the owners have made of them. Collective."""
         if self._units is not None:
             self._units.release_all()
         else:

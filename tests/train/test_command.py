@@ -36,7 +36,7 @@ def test_ddp_over_gloo_trains_and_reports_on_rank_0_alone(options, tmp_path):
     assert code == other_code == 0
     assert "held-out" in said and "wait n/a" in said and "a sample:" in said
     assert other_said == ""
-    assert (tmp_path / "runs/gpt/checkpoints/step-00000004/model.safetensors").exists()
+    assert (tmp_path / "runs/gpt/checkpoints/step-00000004/.metadata").exists()
 
 
 @pytest.mark.parametrize("reducer", ["ddp", "paracomm"])
@@ -63,7 +63,7 @@ def test_a_mesh_trains_by_flags(options, tmp_path):
     assert code == other_code == 0
     assert "2 x paracomm (tp 2, zero 2, sequence, recompute full, precision bfloat16)" in said
     assert "a sample:" in said and other_said == ""
-    assert (tmp_path / "runs/gpt/checkpoints/step-00000004/model.safetensors").exists()
+    assert (tmp_path / "runs/gpt/checkpoints/step-00000004/.metadata").exists()
 
 
 REFUSED = {
