@@ -194,9 +194,10 @@ def make_states(part: Part, optimizer: torch.optim.Optimizer, saved: Saved) -> N
     shards = shards_of(optimizer)
     if shards is None:
         for name, parameter in part.parameters().items():
-            optimizer.state[parameter] = {
-                key: _zeros(key, kind, parameter) for key, kind in kinds.get(stored_name(name, parameter), {}).items()
-            }
+            optimizer.state.pop(parameter, None)
+            kept = kinds.get(stored_name(name, parameter), {})
+            if kept:
+                optimizer.state[parameter] = {key: _zeros(key, kind, parameter) for key, kind in kept.items()}
         return
     for weights in [] if part.spread is None else part.spread.weights:
         owned, bucket = weights.owned_parts(), weights.bucket
