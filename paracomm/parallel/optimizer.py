@@ -143,13 +143,20 @@ class Shards:
         self._publish()
 
     # --- states, piece by piece ---
-    def runs(self, weights: Weights) -> list[tuple[slice, dict[str, Any]]]:
-        """(place in `weights.master`, its state as it is) of each tensor that the optimizer takes of this bucket.
+    def runs(self, weights: Weights) -> list[tuple[slice, list[int], dict[str, Any]]]:
+        """(place in `weights.master`, members, state as it is) of each tensor that the optimizer takes of this bucket.
 
-        A state is changed in place; its tensors are [the length of the place], or numbers.
+        A state is changed in place; its tensors are [the length of the place], or numbers. A place that holds nothing
+        but a gap has the member before it.
         """
-        mine = [run for run in self._runs if run.weights is weights]
-        return [(run.where, self.optimizer.state[run.parameter]) for run in mine]
+        base, found = weights.bucket.owned.start, []
+        for run in (run for run in self._runs if run.weights is weights):
+            first, last = base + run.where.start, base + run.where.stop
+            starts = weights.bucket.offsets
+            before = sum(offset <= first for offset in starts) - 1
+            members = list(range(before, sum(offset < last for offset in starts)))
+            found.append((run.where, members, self.optimizer.state[run.parameter]))
+        return found
 
     def names(self) -> list[list[str]]:
         """The parameters of each group, in order, those too that this rank owns nothing of."""

@@ -87,7 +87,7 @@ class Weights:
         hold NaN, and need no memory."""
         full, self.full = self.full, None
         if not self._nothing:
-            nan = torch.full((1,), torch.nan, dtype=self.bucket.dtype, device=self.master.device)
+            nan = torch.full((), torch.nan, dtype=self.bucket.dtype, device=self.master.device)
             self._nothing = [nan.expand(member.shape) for member in self.bucket.members]
         for member, nothing in zip(self.bucket.members, self._nothing, strict=True):
             member.data = nothing

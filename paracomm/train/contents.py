@@ -150,43 +150,54 @@ def names_of(parts: Sequence[Part]) -> set[str]:
 
 # --- the optimizer ---
 def states_of(part: Part, optimizer: torch.optim.Optimizer, saving: bool) -> list[Entry]:
-    """The states that the optimizer has of a part's parameters."""
+    """The states that the optimizer has of a part's parameters; to load, without numbers, which make_states() reads."""
     shards, found = shards_of(optimizer), []
-    if shards is not None:
-        for weights, slot, source, target in part.bucketed(saving):
-            member, name = weights.bucket.members[slot], weights.bucket.names[slot]
-            for where, state in shards.runs(weights):
-                if where.start <= target.start < where.stop:
-                    place = slice(target.start - where.start, target.stop - where.start)
-                    found += _states(name, member, state, place, source.start)
+    if shards is None:
+        for name, parameter in part.parameters().items():
+            if not saving or part.writes(parameter):
+                state = optimizer.state.get(parameter, {})
+                found += _numbers(stored_name(name, parameter), state) if saving else []
+                for key, value in _tensors(state):
+                    path = (*STATE, stored_name(name, parameter), key)
+                    found += _entries(path, of_whole(value, shard_of(parameter)))
         return found
-    for name, parameter in part.parameters().items():
-        if not saving or part.writes(parameter):
-            found += _states(name, parameter, optimizer.state.get(parameter, {}), None, 0)
+    for weights, slot, source, target in part.bucketed(saving):
+        member, name = weights.bucket.members[slot], weights.bucket.names[slot]
+        for where, _, state in shards.runs(weights):
+            if where.start <= target.start < where.stop:
+                place = slice(target.start - where.start, target.stop - where.start)
+                for key, value in _tensors(state):
+                    pieces = of_range(value[place], source.start, member.shape, shard_of(member))
+                    found += _entries((*STATE, stored_name(name, member), key), pieces)
+    for weights in part.spread.weights if saving and part.spread is not None else []:
+        for _, slots, state in shards.runs(weights):
+            for slot in slots:  # several ranks offer the same
+                if not is_copy(weights.bucket.members[slot]):
+                    found += _numbers(weights.bucket.names[slot], state)
     return found
 
 
-def _states(name: str, member: Tensor, state: Mapping[str, Any], place: slice | None, start: int) -> list[Entry]:
-    """`place`: where in the state's flat tensors the parameter lies; None: they have its shape."""
+def _is_number(key: str, value: Any) -> bool:
+    return key in SCALARS or not isinstance(value, Tensor)
+
+
+def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(key, value) for key, value in state.items() if value is not None and not _is_number(key, value)]
+
+
+def _numbers(name: str, state: Mapping[str, Any]) -> list[Entry]:
     found: list[Entry] = []
     for key, value in state.items():
-        path = (*STATE, stored_name(name, member), key)
-        if value is None:
-            continue
-        if key in SCALARS or not isinstance(value, Tensor):
+        if value is not None and _is_number(key, value):
             number = value if isinstance(value, Tensor) else torch.tensor(float(value))
-            found += _entries(path, of_whole(number, None))
-        elif place is None:
-            found += _entries(path, of_whole(value, shard_of(member)))
-        else:
-            found += _entries(path, of_range(value[place], start, member.shape, shard_of(member)))
+            found += _entries((*STATE, name, key), of_whole(number, None))
     return found
 
 
 def make_states(part: Part, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
-    """Gives the optimizer the states that a checkpoint has, as zeros, for states_of() to name.
+    """Gives the optimizer the states that a checkpoint has: numbers, and zeros for what states_of() then names.
 
-    Raises InvalidArgument where parameters that lie side by side have different ones.
+    Raises InvalidArgument where parameters that are one tensor here have had different ones.
     """
     kinds: dict[str, dict[str, Any]] = {}
     for path, value in saved.below(*STATE).items():
@@ -195,32 +206,41 @@ def make_states(part: Part, optimizer: torch.optim.Optimizer, saved: Saved) -> N
     if shards is None:
         for name, parameter in part.parameters().items():
             optimizer.state.pop(parameter, None)
-            kept = kinds.get(stored_name(name, parameter), {})
-            if kept:
-                optimizer.state[parameter] = {key: _zeros(key, kind, parameter) for key, kind in kept.items()}
+            name = stored_name(name, parameter)
+            if kinds.get(name):
+                numbers = _read_numbers(saved, name, kinds[name])
+                optimizer.state[parameter] = numbers | _zeros(kinds[name], parameter)
         return
     for weights in [] if part.spread is None else part.spread.weights:
-        owned, bucket = weights.owned_parts(), weights.bucket
-        for where, state in shards.runs(weights):
-            slots = [slot for slot, _, target in owned if where.start <= target.start < where.stop]
+        bucket = weights.bucket
+        for where, slots, state in shards.runs(weights):
             names = [stored_name(bucket.names[slot], bucket.members[slot]) for slot in slots]
-            of_each = [kinds.get(name, {}) for name in names]
+            of_each = [_read_numbers(saved, name, kinds.get(name, {})) for name in names]
             for name, theirs in zip(names, of_each, strict=True):
-                if theirs.keys() != of_each[0].keys():
+                if theirs != of_each[0] or kinds.get(name, {}).keys() != kinds.get(names[0], {}).keys():
                     raise InvalidArgument(
-                        f"checkpoint: the optimizer has {sorted(of_each[0])} of '{names[0]}', {sorted(theirs)} of "
-                        f"'{name}'; both are one tensor here, expected the same"
+                        f"checkpoint: the optimizer's {sorted(kinds.get(names[0], {}))} of '{names[0]}' with "
+                        f"{of_each[0]}, and {sorted(kinds.get(name, {}))} of '{name}' with {theirs}, cannot be one "
+                        "tensor's; expected the same"
                     )
-            like = weights.master[where]
             state.clear()
-            state.update({key: _zeros(key, kind, like) for key, kind in (of_each[0].items() if of_each else ())})
+            state |= of_each[0] | _zeros(kinds.get(names[0], {}), weights.master[where])
 
 
-def _zeros(key: str, kind: Any, like: Tensor) -> Tensor:
-    dtype = kind.properties.dtype
-    if key in SCALARS:
-        return torch.zeros((), dtype=dtype)
-    return torch.zeros_like(like, dtype=dtype, requires_grad=False)
+def _read_numbers(saved: Saved, name: str, kinds: Mapping[str, Any]) -> dict[str, Tensor]:
+    found = {key: torch.zeros((), dtype=kind.properties.dtype) for key, kind in kinds.items() if key in SCALARS}
+    saved.read(
+        [entry for key, value in found.items() for entry in _entries((*STATE, name, key), of_whole(value, None))]
+    )
+    return found
+
+
+def _zeros(kinds: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    return {
+        key: torch.zeros_like(like, dtype=kind.properties.dtype, requires_grad=False)
+        for key, kind in kinds.items()
+        if key not in SCALARS
+    }
 
 
 # --- its groups ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def test_shards_and_ranges_of_them_make_up_the_whole(shape, data):
     width, whole = shape[dim] // parts, torch.randn(shape)
     edges = sorted({0, width, *data.draw(st.lists(st.integers(0, width), max_size=2))})
     filled, times = torch.zeros(shape), torch.zeros(shape)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         ranges = tuple((part * width + low, high - low) for part in range(parts))
         shard = Shard(dim, ranges[0][0], parts * (high - low), shape[dim], pieces=ranges if parts > 1 else ())
         local = shard.take(whole)

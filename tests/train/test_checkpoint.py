@@ -171,7 +171,7 @@ def test_death_while_saving_leaves_a_whole_checkpoint(tmp_path, where, step):
     for before in (0, 2) if step == 3 else (1,):
         save(tmp_path, before, model, optimizer)
     (outcome,) = rank_outcomes(1, save_and_die, tmp_path, where, step)
-    if where == "drop" and step == 2 or where == "second rename" and step == 2:
+    if step == 2 and where in ("drop", "second rename"):
         assert outcome.exit_code == 0  # with one before there is nothing to drop, and one rename
     else:
         assert outcome.exit_code == -signal.SIGKILL
@@ -203,9 +203,9 @@ def test_damage_is_named(tmp_path, name, damage):
 
 
 def test_no_checkpoint_is_named(tmp_path):
-    with Checkpointer(tmp_path / "x", *model_and_optimizer()) as checkpoints:
-        with pytest.raises(Error, match="there is none in"):
-            checkpoints.load()
+    checkpoints = Checkpointer(tmp_path / "x", *model_and_optimizer())
+    with pytest.raises(Error, match="there is none in"):
+        checkpoints.load()
 
 
 def test_another_model_is_refused(tmp_path):
@@ -217,7 +217,7 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(Error, match=r"'model.\w+' is torch.float32 \[2\], expected torch.float64"):
         load_checkpoint(path, double, torch.optim.AdamW([p for p in double.parameters() if p.requires_grad]))
     one = Net()
-    with pytest.raises(InvalidArgument, match="they are|it lacks"):
+    with pytest.raises(InvalidArgument, match=r"they are|it lacks"):
         load_checkpoint(path, one, torch.optim.AdamW([*one.parameters()]))
     less = Net()
     del less.frozen

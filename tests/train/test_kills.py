@@ -50,7 +50,7 @@ def save_until_killed(rank: Rank, folder: Path, zero: int, victims: list[int], a
         for step in range(1, 10_000):
             for weights in model.weights:
                 weights.master.fill_(step)
-                for where, state in optimizer.shards.runs(weights):
+                for where, _, state in optimizer.shards.runs(weights):
                     state["momentum_buffer"] = torch.full_like(weights.master[where], step)
             checkpoints.save(step)
             if step == 1:
