@@ -66,6 +66,19 @@ def test_a_mesh_trains_by_flags(options, tmp_path):
     assert (tmp_path / "runs/gpt/checkpoints/step-00000004/.metadata").exists()
 
 
+def test_a_run_goes_on_from_a_folder_in_another_layout(options, tmp_path):
+    kept = ["--checkpoint", str(tmp_path / "kept")]
+    first = [*options, *kept, "--tp", "2", "--steps", "2"]
+    assert [code for code, _ in run_ranks(2, on_rank, first)] == [0, 0]
+    assert not (tmp_path / "runs/gpt/checkpoints").exists()
+    ((code, said),) = run_ranks(1, on_rank, [*options, *kept, "--name", "other", "--resume"])
+    assert code == 0 and "resumed at step 2 of 4" in said
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["step-00000002", "step-00000004"]
+    ((code, said),) = run_ranks(1, on_rank, [*options, *kept, "--steps", "1"])  # a fresh run keeps what was there
+    assert code == 0 and [path.name for path in (tmp_path / "kept").iterdir()] == ["step-00000001"]
+    assert len(list((tmp_path / "kept.1").iterdir())) == 2
+
+
 REFUSED = {
     "--tp 4": "tp 4 does not divide the 2 heads",
     "--tp 0": "tp is 0, expected a number of ranks",
