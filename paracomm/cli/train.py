@@ -58,7 +58,12 @@ def train(
     log_every: Annotated[int, typer.Option(help="Steps between metrics.")] = 20,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out files.")] = 500,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of checkpoints; default: RUNS/NAME/checkpoints.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, in the same layout or another one.")
+    ] = False,
     bucket_mib: Annotated[float, typer.Option(help="Size of a gradient bucket, MiB.")] = 2.0,
     reducer: Annotated[str, typer.Option(help="paracomm, or ddp for torch DDP.")] = "paracomm",
     backend: Annotated[str, typer.Option(help="torch.distributed backend of --reducer ddp.")] = "gloo",
@@ -104,6 +109,7 @@ def train(
             log_every=log_every,
             eval_every=eval_every,
             checkpoint_every=checkpoint_every,
+            checkpoint=checkpoint,
             resume=resume,
             bucket_mib=bucket_mib,
             reducer=reducer,

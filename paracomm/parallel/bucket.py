@@ -294,6 +294,11 @@ class Reducer:
         self._hook = one_at_a_time(hook)
         self._state = self.comm if state is COMMUNICATOR else state
 
+    @property
+    def state(self) -> Any:
+        """What the hook is called with."""
+        return self._state
+
     def _on_gradient(self, bucket: Bucket, slot: int) -> Callable[[Tensor], None]:
         def arrive(parameter: Tensor) -> None:
             if bucket.work is not None or bucket.arrived[slot]:

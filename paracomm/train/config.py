@@ -44,6 +44,7 @@ class TrainConfig:
     eval_every: int = 500
     eval_windows: int = 192
     checkpoint_every: int = 500
+    checkpoint: Path | None = None
     resume: bool = False
     bucket_mib: float = 2.0
     reducer: str = "paracomm"
@@ -100,8 +101,13 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        """Where metrics and checkpoints of this run lie."""
+        """Where metrics of this run lie."""
         return self.runs / self.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints lie: `checkpoint`, or else beside the metrics."""
+        return self.folder / "checkpoints" if self.checkpoint is None else self.checkpoint
 
     def share(self, dp: int) -> int:
         """Sequences that one of `dp` ranks sees in one backward pass."""

@@ -21,13 +21,12 @@ from paracomm.parallel.bucket import MIB
 from paracomm.parallel.loss import IGNORED
 from paracomm.parallel.rng import Place, at
 from paracomm.timeline import span
-from paracomm.train.checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from paracomm.train.checkpoint import Checkpointer, list_checkpoints, read_state
 from paracomm.train.config import DTYPES, TrainConfig
 from paracomm.train.data import Corpus, batch, evaluation_batches, load_corpus
 from paracomm.train.metrics import Display, MetricLog
 from paracomm.train.replicas import MeshReplicas, Replicas, open_replicas, use_one_thread
 from paracomm.train.trace import Tracer
-from paracomm.train.whole import load_whole_state, whole_state
 
 FINAL_LR_SHARE = 0.1
 
@@ -43,9 +42,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Trainer:
     """Model, optimizer and data of one rank; `backward` and `update` make one step. Everything is collective."""
 
-    def __init__(
-        self, config: TrainConfig, replicas: Replicas, corpus: Corpus, resume_from: Path | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, replicas: Replicas, corpus: Corpus) -> None:
         self.config = config
         self.replicas = replicas
         self.corpus = corpus
@@ -53,14 +50,11 @@ class Trainer:
         self._positions = replicas.positions(config.model.context)
         model = GPT(config.model, seed=config.seed).to(DTYPES[config.dtype])
         self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
-        saved = None if resume_from is None else load_checkpoint(resume_from, model)
         self.replicated = replicas.replicate(model, int(config.bucket_mib * MIB))
         self.model = cast("GPT", self.replicated.module)
         self.optimizer = self.replicated.optimizer(
             torch.optim.AdamW, _groups(self.model, config), lr=config.lr, betas=(0.9, 0.95), fused=True
         )
-        if saved is not None:
-            load_whole_state(self.replicated, self.optimizer, saved)
 
     def backward(self, step: int) -> Tensor:
         """Gradients of `step`'s global batch, reduced; returns this rank's share of the loss, in nats.
@@ -203,21 +197,34 @@ def _train(config: TrainConfig, replicas: Replicas) -> Result:
     _expect_same(replicas, int(corpus.digest[:12], 16), f"the text under '{corpus.source}'")
     checkpoint = _checkpoint_to_resume(config, corpus)
     first_step = 0 if checkpoint is None else read_state(checkpoint)["step"]
-    _expect_same(replicas, first_step, f"the last checkpoint in '{config.folder}'")
-    trainer = Trainer(config, replicas, corpus, checkpoint)
+    _expect_same(replicas, first_step, f"the last checkpoint in '{config.checkpoints}'")
+    trainer = Trainer(config, replicas, corpus)
+    with Checkpointer(
+        config.checkpoints, trainer.replicated, trainer.optimizer, ranks=replicas.beside()
+    ) as checkpoints:
+        if checkpoint is not None:
+            checkpoints.load(checkpoint)
+        return _run(trainer, checkpoints, first_step)
+
+
+def _run(trainer: Trainer, checkpoints: Checkpointer, first_step: int) -> Result:
+    config, replicas = trainer.config, trainer.replicas
     log: MetricLog | None = None
     with (
         Display(config.steps, first_step, rank=replicas.rank) as display,
         _tracer(trainer, display, first_step) as tracer,
     ):
         if replicas.rank == 0:
-            if checkpoint is None:
+            if not config.resume:
                 _move_aside(config.folder)
+                if list_checkpoints(config.checkpoints):
+                    _move_aside(config.checkpoints)
             log = MetricLog(config.folder, first_step)
             (config.folder / "config.json").write_text(json.dumps(config.described(), indent=1) + "\n")
         _introduce(display, trainer, first_step, log)
         try:
-            held_out_bits = _steps(trainer, display, log, first_step, tracer)
+            held_out_bits = _steps(trainer, display, log, checkpoints, first_step, tracer)
+            checkpoints.wait()
         finally:
             if log is not None:
                 log.close()
@@ -230,7 +237,10 @@ def _tracer(trainer: Trainer, display: Display, first_step: int) -> Tracer:
     return Tracer(config.trace, config.trace_steps, first_step, config.steps, comm, display.say)
 
 
-def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step: int, tracer: Tracer) -> float:
+def _steps(
+    trainer: Trainer, display: Display, log: MetricLog | None, checkpoints: Checkpointer, first_step: int,
+    tracer: Tracer,
+) -> float:  # fmt: skip
     """All steps from `first_step`; returns the last evaluation."""
     config, held_out_bits = trainer.config, math.nan
     window = Window()
@@ -259,24 +269,17 @@ def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step
             if log is not None:
                 log.write(done, {"held_out_bits_per_byte": held_out_bits})
         if done % config.checkpoint_every == 0 or last:
-            _save(trainer, done)
+            layout = {"ranks": trainer.replicas.world_size, "layout": str(config.layout)}
+            checkpoints.save(done, {"config": config.described(), "corpus": trainer.corpus.digest, **layout})
     return held_out_bits if first_step < config.steps else trainer.evaluate()
-
-
-def _save(trainer: Trainer, step: int) -> None:
-    weights, optimizer = whole_state(trainer.replicated, trainer.optimizer)
-    if trainer.replicas.rank == 0:
-        state = {"config": trainer.config.described(), "corpus": trainer.corpus.digest}
-        save_checkpoint(trainer.config.folder / "checkpoints", step, weights, optimizer, state)
-    trainer.replicas.barrier()
 
 
 def _checkpoint_to_resume(config: TrainConfig, corpus: Corpus) -> Path | None:
     if not config.resume:
         return None
-    checkpoints = list_checkpoints(config.folder / "checkpoints")
+    checkpoints = list_checkpoints(config.checkpoints)
     if not checkpoints:
-        raise InvalidArgument(f"train: nothing to resume from in '{config.folder / 'checkpoints'}'")
+        raise InvalidArgument(f"train: nothing to resume from in '{config.checkpoints}'")
     state = read_state(checkpoints[-1])
     wanted = config.described()
     decisive = ("model", "batch", "accumulate", "seed", "dtype")

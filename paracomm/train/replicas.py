@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from paracomm.errors import InvalidArgument
 from paracomm.parallel import DataParallel, Layout
 from paracomm.parallel.bucket import MIB
 from paracomm.parallel.context import context_positions
+from paracomm.train.storage import Alone, Ranks
 
 
 class MeshReplicas:
@@ -45,6 +46,12 @@ class MeshReplicas:
         """The sum of `x` over all ranks, in place."""
         self.comm.all_reduce(x, op="sum")
         return x
+
+    def beside(self) -> Ranks:
+        """The same ranks once more, for another thread. Collective; whoever asks closes it."""
+        twin = self.comm.split(0)
+        assert twin is not None
+        return cast("Ranks", twin)
 
     def barrier(self) -> None:
         self.comm.barrier()
@@ -77,6 +84,24 @@ class TorchReplica:
 
     def clip_(self, max_norm: float) -> float:
         return float(nn.utils.clip_grad_norm_(self.module.parameters(), max_norm))
+
+
+class TorchRanks:
+    """All ranks of torch.distributed, as checkpoints talk through them: a Gloo group of its own."""
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo")
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def exchange(self, blob: bytes) -> list[bytes]:
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, blob, group=self._group)
+        return everyone
+
+    def close(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
 
 class TorchReplicas:
@@ -112,6 +137,10 @@ class TorchReplicas:
         if self.ddp:
             dist.all_reduce(x)
         return x
+
+    def beside(self) -> Ranks:
+        """The same ranks once more, for another thread. Collective; whoever asks closes it."""
+        return TorchRanks() if self.ddp else Alone()
 
     def barrier(self) -> None:
         if self.ddp:

@@ -1,0 +1,439 @@
+"""What a checkpoint holds of a run, by the names of the whole model, and where on this rank it lies.
+
+    model.NAME                          [its shape]         parameters, those of the optimizer under mixed precision
+    optimizer.state.NAME.KEY            [its shape]         or one number
+    optimizer.param_groups              object              options, and the names of their parameters
+    hook.memory.NAME                    [ranks, its shape]  what each rank's hook owes
+    hook.state                          object              kind, steps
+    hook.q.KEY@tp 0 of 2                its shape           what is the same on all ranks that average
+    random.NAME                         [ranks, bytes]      generators of the caller's
+
+A rank saves the block of each bucket that it would own under ZeRO, whatever the stage, so that every element is written
+once and all ranks write alike much. It loads all that it owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paracomm.errors import InvalidArgument
+from paracomm.hooks import HookState, LocalSGDState
+from paracomm.parallel import DataParallel
+from paracomm.parallel.optimizer import SCALARS, shards_of
+from paracomm.parallel.pieces import Piece, of_range, of_whole
+from paracomm.parallel.shard import shard_of
+from paracomm.parallel.weights import Weights
+from paracomm.train.storage import Entry, Ranks, Saved, Where
+
+MODEL, STATE, GROUPS = ("model",), ("optimizer", "state"), ("optimizer", "param_groups")
+HOOK, RANDOM = ("hook",), ("random",)
+LOCAL_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
+"""Of a group: how this process computes, which is not loaded."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of this rank: a stage of a pipeline, or the whole model.
+
+    spread: what made it parallel; None for a module of torch's own, which every rank holds whole.
+    """
+
+    module: nn.Module
+    spread: DataParallel | None
+    first: bool
+    """Whether this rank is the first of those that hold what is in no bucket."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
+
+    def writes(self, tensor: Tensor) -> bool:
+        """Whether this rank writes what is in no bucket, of all that hold the same."""
+        return self.first and self.is_first_on_tp(tensor)
+
+    def is_first_on_tp(self, tensor: Tensor) -> bool:
+        """Whether no rank before this one on tp holds the same of a parameter."""
+        mesh = None if self.spread is None else self.spread.mesh
+        return mesh is None or shard_of(tensor) is not None or mesh.index("tp") == 0
+
+    def bucketed(self, saving: bool) -> Iterator[tuple[Weights, int, slice, slice]]:
+        """(bucket, member, place in the flattened parameter, place in its `master`) of what this rank saves or loads.
+
+        A bucket that is summed over tp as well has a block for each of its ranks.
+        """
+        if self.spread is None:
+            return
+        for weights in self.spread.weights:
+            bucket = weights.bucket
+            apart = "tp" in getattr(bucket.members[0], "partial", ())
+            for slot, source, target in weights.owned_parts(bucket.block if saving else None):
+                member = bucket.members[slot]
+                if not saving or (not is_copy(member) and (apart or self.is_first_on_tp(member))):
+                    yield weights, slot, source, target
+
+
+def parts_of(replica: Any, ranks: Ranks) -> list[Part]:
+    """The parts of a DataParallel or a pipeline of them, or a module of torch's own, in DistributedDataParallel or
+    not."""
+    found = []
+    for part in getattr(replica, "parts", [replica]):
+        if isinstance(part, DataParallel):
+            if isinstance(part.reducer.state, LocalSGDState):
+                raise InvalidArgument("checkpoint: under local SGD the ranks have models of their own; it saves one")
+            found.append(Part(part.module, part, part.comm.rank == 0))
+        else:
+            module = getattr(part, "module", part)
+            found.append(Part(module, None, ranks.rank == 0))
+    return found
+
+
+def is_copy(parameter: Tensor) -> bool:
+    """Whether it is a tied weight's later one, on another stage than the first."""
+    return getattr(parameter, "copy_of", None) is not None
+
+
+def stored_name(name: str, parameter: Tensor) -> str:
+    """The name under which a parameter's values are saved."""
+    origin: str | None = getattr(parameter, "copy_of", None)
+    return name if origin is None else origin
+
+
+def _entries(path: Where, pieces: Sequence[Piece]) -> list[Entry]:
+    return [Entry(path, piece) for piece in pieces]
+
+
+# --- weights ---
+def weights_of(part: Part, saving: bool) -> list[Entry]:
+    """Parameters and buffers, those that a state_dict has."""
+    found: list[Entry] = []
+    for weights, slot, source, target in part.bucketed(saving):
+        member = weights.bucket.members[slot]
+        pieces = of_range(weights.master[target], source.start, member.shape, shard_of(member))
+        found += _entries((*MODEL, stored_name(weights.bucket.names[slot], member)), pieces)
+    in_buckets = {id(member) for weights in part.spread.weights for member in weights.bucket.members} if (
+        part.spread is not None
+    ) else set()  # fmt: skip
+    others = {name: p for name, p in part.parameters().items() if id(p) not in in_buckets} | _buffers(part.module)
+    for name, tensor in others.items():
+        if not saving or (part.writes(tensor) and not is_copy(tensor)):
+            pieces = of_whole(tensor.detach(), shard_of(tensor))
+            found += _entries((*MODEL, stored_name(name, tensor)), pieces)
+    return found
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Those that are kept, under their first names."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, each in module.named_modules():
+        for name, buffer in each.named_buffers(recurse=False):
+            if name not in each._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+def names_of(parts: Sequence[Part]) -> set[str]:
+    """All that lies below "model" of what these parts hold, empty tensors left out."""
+    names = {
+        stored_name(name, tensor)
+        for part in parts
+        for name, tensor in (part.parameters() | _buffers(part.module)).items()
+        if tensor.numel()
+    }
+    return names
+
+
+# --- the optimizer ---
+def states_of(part: Part, optimizer: torch.optim.Optimizer, saving: bool) -> list[Entry]:
+    """The states that the optimizer has of a part's parameters; to load, without numbers, which make_states() reads."""
+    shards, found = shards_of(optimizer), []
+    if shards is None:
+        for name, parameter in part.parameters().items():
+            if not saving or part.writes(parameter):
+                state = optimizer.state.get(parameter, {})
+                found += _numbers(stored_name(name, parameter), state) if saving else []
+                for key, value in _tensors(state):
+                    path = (*STATE, stored_name(name, parameter), key)
+                    found += _entries(path, of_whole(value, shard_of(parameter)))
+        return found
+    for weights, slot, source, target in part.bucketed(saving):
+        member, name = weights.bucket.members[slot], weights.bucket.names[slot]
+        for where, _, state in shards.runs(weights):
+            if where.start <= target.start < where.stop:
+                place = slice(target.start - where.start, target.stop - where.start)
+                for key, value in _tensors(state):
+                    pieces = of_range(value[place], source.start, member.shape, shard_of(member))
+                    found += _entries((*STATE, stored_name(name, member), key), pieces)
+    for weights in part.spread.weights if saving and part.spread is not None else []:
+        for _, slots, state in shards.runs(weights):
+            for slot in slots:  # several ranks offer the same
+                if not is_copy(weights.bucket.members[slot]):
+                    found += _numbers(weights.bucket.names[slot], state)
+    return found
+
+
+def _is_number(key: str, value: Any) -> bool:
+    return key in SCALARS or not isinstance(value, Tensor)
+
+
+def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(key, value) for key, value in state.items() if value is not None and not _is_number(key, value)]
+
+
+def _numbers(name: str, state: Mapping[str, Any]) -> list[Entry]:
+    found: list[Entry] = []
+    for key, value in state.items():
+        if value is not None and _is_number(key, value):
+            number = value if isinstance(value, Tensor) else torch.tensor(float(value))
+            found += _entries((*STATE, name, key), of_whole(number, None))
+    return found
+
+
+def make_states(part: Part, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+    """Gives the optimizer the states that a checkpoint has: numbers, and zeros for what states_of() then names.
+
+    Raises InvalidArgument where parameters that are one tensor here have had different ones.
+    """
+    kinds: dict[str, dict[str, Any]] = {}
+    for path, value in saved.below(*STATE).items():
+        kinds.setdefault(path[0], {})[path[1]] = value
+    shards = shards_of(optimizer)
+    if shards is None:
+        for name, parameter in part.parameters().items():
+            optimizer.state.pop(parameter, None)
+            name = stored_name(name, parameter)
+            if kinds.get(name):
+                numbers = _read_numbers(saved, name, kinds[name])
+                optimizer.state[parameter] = numbers | _zeros(kinds[name], parameter)
+        return
+    for weights in [] if part.spread is None else part.spread.weights:
+        bucket = weights.bucket
+        for where, slots, state in shards.runs(weights):
+            names = [stored_name(bucket.names[slot], bucket.members[slot]) for slot in slots]
+            of_each = [_read_numbers(saved, name, kinds.get(name, {})) for name in names]
+            for name, theirs in zip(names, of_each, strict=True):
+                if theirs != of_each[0] or kinds.get(name, {}).keys() != kinds.get(names[0], {}).keys():
+                    raise InvalidArgument(
+                        f"checkpoint: the optimizer's {sorted(kinds.get(names[0], {}))} of '{names[0]}' with "
+                        f"{of_each[0]}, and {sorted(kinds.get(name, {}))} of '{name}' with {theirs}, cannot be one "
+                        "tensor's; expected the same"
+                    )
+            state.clear()
+            state |= of_each[0] | _zeros(kinds.get(names[0], {}), weights.master[where])
+
+
+def _read_numbers(saved: Saved, name: str, kinds: Mapping[str, Any]) -> dict[str, Tensor]:
+    found = {key: torch.zeros((), dtype=kind.properties.dtype) for key, kind in kinds.items() if key in SCALARS}
+    saved.read(
+        [entry for key, value in found.items() for entry in _entries((*STATE, name, key), of_whole(value, None))]
+    )
+    return found
+
+
+def _zeros(kinds: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    return {
+        key: torch.zeros_like(like, dtype=kind.properties.dtype, requires_grad=False)
+        for key, kind in kinds.items()
+        if key not in SCALARS
+    }
+
+
+# --- its groups ---
+def groups_of(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each group, and its parameters by name."""
+    shards = shards_of(optimizer)
+    origins = {name: stored_name(name, p) for part in parts for name, p in part.parameters().items()}
+    if shards is not None:
+        names = shards.names()
+    else:
+        known = {id(p): name for part in parts for name, p in part.parameters().items()}
+        if not all(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+            raise InvalidArgument("checkpoint: the optimizer has a parameter that is not the model's")
+        names = [[known[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    return [
+        {**{key: value for key, value in group.items() if key != "params"}, "params": [origins[name] for name in of]}
+        for group, of in zip(optimizer.param_groups, names, strict=True)
+    ]
+
+
+def merge_groups(everyone: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The groups of all ranks, of which each stage of a pipeline knows its own parameters: equal options are one."""
+    merged: list[dict[str, Any]] = []
+    for group in (group for groups in everyone for group in groups):
+        options = {key: value for key, value in group.items() if key != "params"}
+        same = next((m for m in merged if {k: v for k, v in m.items() if k != "params"} == options), None)
+        if same is None:
+            merged.append({**options, "params": list(group["params"])})
+        else:
+            same["params"] += [name for name in group["params"] if name not in same["params"]]
+    return merged
+
+
+def load_groups(parts: Sequence[Part], optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Options of each group from the saved one that has its parameters. Raises InvalidArgument if there is none."""
+    number_of = {name: number for number, group in enumerate(saved) for name in group["params"]}
+    for index, (group, mine) in enumerate(
+        zip(optimizer.param_groups, groups_of(parts, optimizer), strict=True)
+    ):  # fmt: skip
+        numbers = {number_of.get(name) for name in mine["params"]}
+        if len(numbers) > 1 or None in numbers:
+            missing = [name for name in mine["params"] if name not in number_of]
+            reason = f"it lacks '{missing[0]}'" if missing else f"there they are in groups {sorted(map(str, numbers))}"
+            raise InvalidArgument(
+                f"checkpoint: the parameters of group {index} are not a group's of the saved: {reason}"
+            )
+        for number in numbers:
+            assert number is not None
+            group.update({key: value for key, value in saved[number].items() if key not in LOCAL_OPTIONS})
+
+
+# --- hooks ---
+@dataclass(frozen=True)
+class Level:
+    """A hook's state, or the one that it has between hosts, and its state_dict()."""
+
+    path: Where
+    state: HookState
+    held: dict[str, Any]
+
+
+def levels_of(part: Part) -> list[Level]:
+    """Those of the hook of ours that averages a part's gradients; none for other hooks."""
+    found: list[Level] = []
+    state = None if part.spread is None else part.spread.reducer.state
+    path: Where = HOOK
+    held = state.state_dict() if isinstance(state, HookState) else {}
+    while isinstance(state, HookState):
+        found.append(Level(path, state, held))
+        state, path, held = getattr(state, "outer", None), (*path, "outer"), held.get("outer") or {}
+    return found
+
+
+def described(part: Part) -> dict[str, Any]:
+    """{path: kind and steps} of each level."""
+    return {".".join(level.path): {key: level.held[key] for key in ("kind", "steps")} for level in levels_of(part)}
+
+
+def hooks_of(part: Part) -> list[Entry]:
+    """What this rank's hook owes, and what it shares with the ranks that it averages with."""
+    found: list[Entry] = []
+    parameters = part.parameters()
+    for level in levels_of(part):
+        wire = level.state.wire
+        for name, owed in level.held["memory"].items():
+            member = parameters[name]
+            if part.is_first_on_tp(member) and not is_copy(member):
+                pieces = of_range(owed, 0, member.shape, shard_of(member))
+                rows = [_row(piece, wire.rank, wire.world_size) for piece in pieces]
+                found += _entries((*level.path, "memory", name), rows)
+        if wire.rank == 0:
+            for what, key, value in _shared(level.held):
+                found += _entries((*level.path, what, _on_tp(part, key)), of_whole(value, None))
+    return found
+
+
+def _row(piece: Piece, row: int, rows: int) -> Piece:
+    return Piece((rows, *piece.shape), (row, *piece.offsets), piece.values.unsqueeze(0))
+
+
+def _shared(held: Mapping[str, Any]) -> Iterator[tuple[str, str, Tensor]]:
+    for what, values in held.items():
+        if what not in ("kind", "steps", "memory", "outer"):
+            yield from ((what, key, value) for key, value in values.items())
+
+
+def _on_tp(part: Part, key: str) -> str:
+    mesh = None if part.spread is None else part.spread.mesh
+    index, size = (0, 1) if mesh is None else (mesh.index("tp"), mesh.size("tp"))
+    return f"{key}@tp {index} of {size}"
+
+
+def load_hooks(part: Part, saved: Saved, descriptions: Mapping[str, Any]) -> None:
+    """Gives the hook what it owes.
+
+    On as many ranks as saved, each goes on from its own. On another number every rank owes what all owed on average,
+    which leaves the average as it was. A hook of another kind takes over what is owed and nothing else.
+    """
+    levels = levels_of(part)
+    whole: dict[str, Any] = {}
+    for level in reversed(levels):
+        was = descriptions.get(".".join(level.path))
+        state = dict(level.held)
+        state["memory"] = _owed(part, level, saved) if level.state.memory is not None else {}
+        if was is not None and was["kind"] == level.held["kind"]:
+            state["steps"] = was["steps"]
+            state |= _read_shared(part, level, saved)
+        if "outer" in state and whole:
+            state["outer"] = whole
+        whole = state
+    if levels:
+        levels[0].state.load_state_dict(whole)
+
+
+def _owed(part: Part, level: Level, saved: Saved) -> dict[str, Tensor]:
+    """By name, what this rank owes of each parameter, flat."""
+    wire, parameters = level.state.wire, part.parameters()
+    found: dict[str, Tensor] = {}
+    entries: list[Entry] = []
+    averaged: list[tuple[Tensor, Tensor]] = []
+    for (name,), kind in saved.below(*level.path, "memory").items():
+        names = [each for each, p in parameters.items() if stored_name(each, p) == name]
+        for mine in names:
+            member = parameters[mine]
+            found[mine] = torch.zeros(member.numel(), dtype=kind.properties.dtype)
+            for piece in of_range(found[mine], 0, member.shape, shard_of(member)):
+                rows = int(kind.size[0])
+                if rows == wire.world_size:
+                    row = _row(piece, wire.rank, rows)
+                else:
+                    values = piece.values.new_empty((rows, *piece.values.shape))
+                    row = Piece((rows, *piece.shape), (0, *piece.offsets), values)
+                    averaged.append((piece.values, values))
+                entries.append(Entry((*level.path, "memory", name), row))
+    saved.read(entries)
+    for target, values in averaged:
+        target.copy_(values.double().mean(0))
+    return found
+
+
+def _read_shared(part: Part, level: Level, saved: Saved) -> dict[str, dict[str, Tensor]]:
+    """What was saved by as many ranks of tp; what is not there begins anew, as it may."""
+    kinds: dict[str, dict[str, Tensor]] = {
+        what: {} for what, values in level.held.items() if isinstance(values, dict) and what != "memory"
+    }
+    kinds.pop("outer", None)
+    entries: list[Entry] = []
+    suffix = _on_tp(part, "")
+    for what, found in kinds.items():
+        for (key,), kind in saved.below(*level.path, what).items():
+            if key.endswith(suffix):
+                value = torch.empty(kind.size, dtype=kind.properties.dtype)
+                found[key.removesuffix(suffix)] = value
+                entries += _entries((*level.path, what, key), of_whole(value, None))
+    saved.read(entries)
+    return kinds
+
+
+# --- generators ---
+def random_of(generators: Mapping[str, torch.Generator], ranks: Ranks) -> list[Entry]:
+    """The state of each, a row for every rank."""
+    return [
+        Entry((*RANDOM, name), _row(piece, ranks.rank, ranks.world_size))
+        for name, generator in generators.items()
+        for piece in of_whole(generator.get_state(), None)
+    ]
+
+
+def load_random(generators: Mapping[str, torch.Generator], ranks: Ranks, saved: Saved) -> None:
+    """Each rank's own; on another number of ranks, rank r goes on from rank r modulo the number then."""
+    for (name,), kind in saved.below(*RANDOM).items():
+        if name in generators:
+            rows, count = (int(size) for size in kind.size)
+            state = torch.empty((1, count), dtype=kind.properties.dtype)
+            saved.read([Entry((*RANDOM, name), Piece((rows, count), (ranks.rank % rows, 0), state))])
+            generators[name].set_state(state[0])
