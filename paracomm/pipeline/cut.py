@@ -83,7 +83,7 @@ def cut(
         raise InvalidArgument(_no_cut(problem))
     fastest = min((_improve(problem, fastest), fastest, known), key=problem.merit)
     flattest = _search(problem, max(problem.seconds(fastest)), flat=True)
-    return min((fastest, flattest or fastest), key=problem.merit)
+    return min((flattest or fastest, fastest), key=lambda starts: problem.merit(starts)[-1])
 
 
 def rank_seconds(
