@@ -136,11 +136,9 @@ def _order(schedule: PipelineSchedule, places: Places) -> Iterator[Fault]:
         before = {BACKWARD: FORWARD, WEIGHT: BACKWARD}.get(kind)
         if before:
             needed = Action(stage, before, microbatch)
-            place = places.get(needed)
-            if place is None and kind == WEIGHT:
-                yield Fault(rank, position, f"there is no {needed} before it", action)
-            elif place is not None and place[1] > position:
-                yield Fault(rank, position, f"it comes before {needed}, action {place[1]}", action)
+            at = places.get(needed, (rank, -1))[1]
+            if at > position:
+                yield Fault(rank, position, f"it comes before {needed}, action {at}", action)
         whole = kind == BACKWARD and (stage, microbatch) not in schedule.split
         for what, name in ((kind, kind), *([("weights", "weights' gradient")] if whole or kind == WEIGHT else [])):
             if latest[stage, what] > microbatch:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from paracomm.errors import InvalidArgument, ScheduleError
-from paracomm.pipeline import SCHEDULES, Fault, build, faults, read_schedule, verify
+from paracomm.pipeline import SCHEDULES, Action, Fault, build, faults, read_schedule, verify
 from paracomm.pipeline import replay as replaying
 from paracomm.pipeline.memory import peaks
 
@@ -223,6 +223,7 @@ def test_every_single_deletion_and_exchange_of_neighbours(name):
         ("0F0 0B0\n1F0 1B0 0F0", "rank 1, action 2 (0F0): stage 0 is on rank 0"),
         ("0F0 0B0 0F0\n1F0 1B0", "rank 0, action 2 (0F0): a second time, after action 0"),
         ("0F0 0B0\n1F0", "rank 1: 1B0 is missing"),
+        ("0F0 0B0 0W0 0W1\n1F0 1B0", "rank 0: 0F1 is missing"),
         ("0F0 0F1 0F2 0B0 0B1 0B2\n1F0 1B0", "rank 1: 1F1 is missing, and 1 more F of stage 1"),
         ("0F0 0F1 0B1 0B0\n1F0 1F1 1B0 1B1", "rank 0, action 3 (0B0): it comes after the B of microbatch 1"),
         ("0F0 0F1 0B0 0B1 0W0", "rank 0, action 4 (0W0): it comes after the weights' gradient of microbatch 1"),
@@ -254,6 +255,21 @@ def test_faults_of_the_whole():
         with pytest.raises(ScheduleError, match=message):
             verify(schedule)
     verify(replace(good, placement=(1, 0), ranks=good.ranks[::-1]))
+
+
+@pytest.mark.parametrize(
+    "action,reason",
+    [
+        (Action(1, "X", 0), "its kind is X, expected one of F, B, W"),
+        (Action(2, "F", 0), "its stage is 2, expected 0 to 1"),
+        (Action(-1, "F", 0), "its stage is -1, expected 0 to 1"),
+        (Action(1, "W", 1), "its microbatch is 1, expected 0 to 0"),
+        (Action(1, "W", -1), "its microbatch is -1, expected 0 to 0"),
+    ],
+)
+def test_actions_of_nobody(action, reason):
+    good = read_schedule("0F0 0B0\n1F0 1B0")
+    assert faults(replace(good, ranks=(good.ranks[0], (*good.ranks[1], action)))) == [Fault(1, 2, reason, action)]
 
 
 def test_all_faults_are_found_in_order():
