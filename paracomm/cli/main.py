@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "Train a GPT in any layout of ranks.",
     "verify": "Prove the schedules of all algorithms, and measure the proof with mutants.",
     "simulate": "Cost algorithms on a described topology.",
+    "pipeline": "Show, check, simulate and draw the schedules of pipeline parallelism.",
     "tune": "Choose algorithms by simulation and measurement; `tune kernels`: Triton's configurations, with no GPU.",
     "doctor": "Show what was built and what this machine offers.",
 }
