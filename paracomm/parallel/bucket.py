@@ -234,7 +234,9 @@ class Reducer:
         def apart(name: str, parameter: nn.Parameter) -> Hashable:
             # A hook errs by the whole bucket. What all ranks of tp hold must err alike on them, away from their shards.
             alike = hook is not all_reduce_hook and shard_of(parameter) is None
-            return id(groups[id(parameter)]), None if unit_of is None else unit_of(name), alike
+            # A weight that several stages have (tied) lies in its bucket as it does in theirs: by itself.
+            tied = getattr(parameter, "tied", None)
+            return id(groups[id(parameter)]), None if unit_of is None else unit_of(name), alike, tied
 
         for index, members in enumerate(plan_buckets(named, bucket_bytes, first_bucket_bytes, apart, precision)):
             first = members[0][1]

@@ -1,0 +1,72 @@
+"""The bars of pipelines, one function each: `python bench/pipeline.py against-torch`.
+
+against-torch  2 and 4 ranks of this host: the same model in the same stages, ours and torch.distributed.pipelining on
+               Gloo in turns in one run, in every schedule that both have.
+
+A bar prints PASS or SHORT with its figure, and JSON lines go to bench/results/.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from bars import Bar
+from layouts import measure, slowest
+from pipeline_rank import TORCHS, Task
+
+from paracomm.cli.contest.launch import ContenderError, Place
+
+WORKER = Path(__file__).resolve().parent / "pipeline_rank.py"
+
+
+def against_torch(bar: Bar) -> None:
+    """Decoder of 6.6 M parameters in 10 layers, 8 microbatches of 2 long or short sequences."""
+    for ranks in (2, 4):
+        for schedule in TORCHS:
+            for context in (128, 16):
+                task = Task(schedule, context=context)
+                what = f"{schedule}, {ranks} ranks, {task.microbatches} x {task.batch // task.microbatches} x {context}"
+                try:
+                    replies = measure(task, Place(ranks), WORKER)
+                except ContenderError as error:
+                    typer.echo(f"  {error}")
+                    bar.hold(what, None, 1)
+                    continue
+                ours, theirs = slowest(replies, "ours"), slowest(replies, "torch")
+                typer.echo(
+                    f"  {what}: ours {statistics.median(ours) * 1e3:.1f} ms, torch "
+                    f"{statistics.median(theirs) * 1e3:.1f} ms"
+                )
+                figure = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+                bar.hold(f"step rate over torch, {what}", figure, 1.0)
+                bar.records.append(asdict(task) | {"what": "row", "ranks": ranks, "ours": ours, "torch": theirs})
+
+
+BARS = {"against-torch": against_torch}
+
+
+def main(names: Annotated[list[str], typer.Argument(help=f"{', '.join(BARS)}, or all")]) -> None:
+    """Measure bars. The status is 1 where one is short."""
+    wanted = list(BARS) if names == ["all"] else names
+    unknown = [name for name in wanted if name not in BARS]
+    if unknown:
+        raise typer.BadParameter(f"no bar '{unknown[0]}'; there are {', '.join(BARS)}")
+    short = 0
+    for name in wanted:
+        bar = Bar(f"pipeline-{name}")
+        typer.echo(f"{name}: {BARS[name].__doc__}")
+        try:
+            BARS[name](bar)
+        finally:
+            bar.save()
+        short += bar.short
+    typer.echo(f"{short} short" if short else "all bars hold")
+    raise typer.Exit(1 if short else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
