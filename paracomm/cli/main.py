@@ -15,6 +15,7 @@ COMMANDS = {
     "trace": "Say what the steps of `train --trace` were made of, for each rank.",
     "verify": "Prove the schedules of all algorithms, and measure the proof with mutants.",
     "simulate": "Cost algorithms on a described topology.",
+    "pipeline": "Show, check, simulate and draw the schedules of pipeline parallelism.",
     "tune": "Choose algorithms by simulation and measurement; `tune kernels`: Triton's configurations, with no GPU.",
     "doctor": "Show what was built and what this machine offers.",
 }

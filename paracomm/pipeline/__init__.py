@@ -2,6 +2,7 @@
 
 from paracomm.pipeline import schedules as schedules  # fills the registry
 from paracomm.pipeline.action import Action, PipelineSchedule, read_schedule
+from paracomm.pipeline.cut import cut, cut_evenly
 from paracomm.pipeline.registry import SCHEDULES, build, pipeline_schedule
 from paracomm.pipeline.simulate import Costs, Link, Span, Timeline, simulate
 from paracomm.pipeline.verify import Fault, faults, verify
@@ -16,6 +17,8 @@ __all__ = [
     "Span",
     "Timeline",
     "build",
+    "cut",
+    "cut_evenly",
     "faults",
     "pipeline_schedule",
     "read_schedule",
