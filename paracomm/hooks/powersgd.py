@@ -95,7 +95,7 @@ class PowerSGDState(HookState):
         for name, parameter, gradient in zip(names, bucket.parameters(), bucket.gradients(), strict=True):
             rows = parameter.shape[0] if parameter.dim() > 1 else parameter.numel()
             columns = parameter.numel() // max(1, rows)
-            low = gradient.storage_offset() - buffer.storage_offset()
+            low = int(gradient.storage_offset() - buffer.storage_offset())
             found.append(Matrix(name, low, parameter.numel(), rows, columns))
         return found
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from paracomm.errors import Error, InvalidArgument
-from paracomm.train import contents, storage
+from paracomm.train import contents, owed, storage
 from paracomm.train.storage import Alone, Entry, Ranks, Saved, raise_first
 
 NAME = re.compile(r"step-(\d{8})(~?)")
@@ -96,10 +96,10 @@ class Checkpointer:
     def _copies(self) -> tuple[list[Entry], dict[storage.Where, Any], list[dict[str, Any]]]:
         entries = [entry.copied() for part in self._parts for entry in contents.weights_of(part, True)]
         entries += [entry.copied() for part in self._parts for entry in contents.states_of(part, self._optimizer, True)]
-        entries += [entry for part in self._parts for entry in contents.hooks_of(part)]
-        entries += contents.random_of(self._generators, self.ranks)
-        hook = {key: value for part in self._parts for key, value in contents.described(part).items()}
-        objects: dict[storage.Where, Any] = {(*contents.HOOK, "state"): hook} if hook else {}
+        entries += [entry for part in self._parts for entry in owed.hooks_of(part)]
+        entries += owed.random_of(self._generators, self.ranks)
+        hook = {key: value for part in self._parts for key, value in owed.described(part).items()}
+        objects: dict[storage.Where, Any] = {(*owed.HOOK, "state"): hook} if hook else {}
         return entries, objects, contents.groups_of(self._parts, self._optimizer)
 
     def _run(self, *arguments: Any) -> None:
@@ -185,7 +185,7 @@ class Checkpointer:
 
     @torch.no_grad()
     def _load(self, saved: Saved) -> None:
-        where = (*contents.HOOK, "state")
+        where = (*owed.HOOK, "state")
         objects = saved.objects([contents.GROUPS, where])
         contents.load_groups(self._parts, self._optimizer, objects.get(contents.GROUPS, []))
         entries: list[Entry] = []
@@ -195,8 +195,8 @@ class Checkpointer:
             entries += contents.states_of(part, self._optimizer, False)
         saved.read(entries)
         for part in self._parts:
-            contents.load_hooks(part, saved, objects.get(where, {}))
-        contents.load_random(self._generators, self.ranks, saved)
+            owed.load_hooks(part, saved, objects.get(where, {}))
+        owed.load_random(self._generators, self.ranks, saved)
 
     # --- the end ---
     def close(self) -> None:
@@ -218,7 +218,7 @@ class Checkpointer:
 
 
 def _ranks_beside(replica: Any) -> Ranks:
-    parts = getattr(replica, "parts", None)
+    parts = contents.spread_parts(replica)
     if not parts:
         return Alone()
     everyone = parts[0].everyone

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from paracomm.errors import InvalidArgument
-from paracomm.hooks import HookState, LocalSGDState
+from paracomm.hooks import LocalSGDState
 from paracomm.parallel import DataParallel
 from paracomm.parallel.optimizer import SCALARS, shards_of
 from paracomm.parallel.pieces import Piece, of_range, of_whole
@@ -31,7 +32,6 @@ from paracomm.parallel.weights import Weights
 from paracomm.train.storage import Entry, Ranks, Saved, Where
 
 MODEL, STATE, GROUPS = ("model",), ("optimizer", "state"), ("optimizer", "param_groups")
-HOOK, RANDOM = ("hook",), ("random",)
 LOCAL_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
 """Of a group: how this process computes, which is not loaded."""
 
@@ -76,19 +76,27 @@ class Part:
                     yield weights, slot, source, target
 
 
+def spread_parts(replica: Any) -> list[DataParallel]:
+    """The parts of a DataParallel or of a pipeline of them; none of a module of torch's own."""
+    parts = getattr(replica, "parts", None)
+    if isinstance(parts, (list, tuple)) and all(isinstance(part, DataParallel) for part in parts):
+        return list(parts)
+    return []
+
+
 def parts_of(replica: Any, ranks: Ranks) -> list[Part]:
-    """The parts of a DataParallel or a pipeline of them, or a module of torch's own, in DistributedDataParallel or
-    not."""
-    found = []
-    for part in getattr(replica, "parts", [replica]):
-        if isinstance(part, DataParallel):
-            if isinstance(part.reducer.state, LocalSGDState):
-                raise InvalidArgument("checkpoint: under local SGD the ranks have models of their own; it saves one")
-            found.append(Part(part.module, part, part.comm.rank == 0))
-        else:
-            module = getattr(part, "module", part)
-            found.append(Part(module, None, ranks.rank == 0))
-    return found
+    """As spread_parts(), or a module of torch's own, in DistributedDataParallel or not, as one.
+
+    Raises InvalidArgument for ranks that have models of their own.
+    """
+    spread = spread_parts(replica)
+    for part in spread:
+        if isinstance(part.reducer.state, LocalSGDState):
+            raise InvalidArgument("checkpoint: under local SGD the ranks have models of their own; it saves one")
+    if spread:
+        return [Part(part.module, part, part.comm.rank == 0) for part in spread]
+    bare = isinstance(replica, nn.Module) and not isinstance(replica, DistributedDataParallel)
+    return [Part(replica if bare else replica.module, None, ranks.rank == 0)]
 
 
 def is_copy(parameter: Tensor) -> bool:
@@ -102,7 +110,7 @@ def stored_name(name: str, parameter: Tensor) -> str:
     return name if origin is None else origin
 
 
-def _entries(path: Where, pieces: Sequence[Piece]) -> list[Entry]:
+def entries_of(path: Where, pieces: Sequence[Piece]) -> list[Entry]:
     return [Entry(path, piece) for piece in pieces]
 
 
@@ -113,7 +121,7 @@ def weights_of(part: Part, saving: bool) -> list[Entry]:
     for weights, slot, source, target in part.bucketed(saving):
         member = weights.bucket.members[slot]
         pieces = of_range(weights.master[target], source.start, member.shape, shard_of(member))
-        found += _entries((*MODEL, stored_name(weights.bucket.names[slot], member)), pieces)
+        found += entries_of((*MODEL, stored_name(weights.bucket.names[slot], member)), pieces)
     in_buckets = {id(member) for weights in part.spread.weights for member in weights.bucket.members} if (
         part.spread is not None
     ) else set()  # fmt: skip
@@ -121,7 +129,7 @@ def weights_of(part: Part, saving: bool) -> list[Entry]:
     for name, tensor in others.items():
         if not saving or (part.writes(tensor) and not is_copy(tensor)):
             pieces = of_whole(tensor.detach(), shard_of(tensor))
-            found += _entries((*MODEL, stored_name(name, tensor)), pieces)
+            found += entries_of((*MODEL, stored_name(name, tensor)), pieces)
     return found
 
 
@@ -159,7 +167,7 @@ def states_of(part: Part, optimizer: torch.optim.Optimizer, saving: bool) -> lis
                 found += _numbers(stored_name(name, parameter), state) if saving else []
                 for key, value in _tensors(state):
                     path = (*STATE, stored_name(name, parameter), key)
-                    found += _entries(path, of_whole(value, shard_of(parameter)))
+                    found += entries_of(path, of_whole(value, shard_of(parameter)))
         return found
     for weights, slot, source, target in part.bucketed(saving):
         member, name = weights.bucket.members[slot], weights.bucket.names[slot]
@@ -168,7 +176,7 @@ def states_of(part: Part, optimizer: torch.optim.Optimizer, saving: bool) -> lis
                 place = slice(target.start - where.start, target.stop - where.start)
                 for key, value in _tensors(state):
                     pieces = of_range(value[place], source.start, member.shape, shard_of(member))
-                    found += _entries((*STATE, stored_name(name, member), key), pieces)
+                    found += entries_of((*STATE, stored_name(name, member), key), pieces)
     for weights in part.spread.weights if saving and part.spread is not None else []:
         for _, slots, state in shards.runs(weights):
             for slot in slots:  # several ranks offer the same
@@ -190,7 +198,7 @@ def _numbers(name: str, state: Mapping[str, Any]) -> list[Entry]:
     for key, value in state.items():
         if value is not None and _is_number(key, value):
             number = value if isinstance(value, Tensor) else torch.tensor(float(value))
-            found += _entries((*STATE, name, key), of_whole(number, None))
+            found += entries_of((*STATE, name, key), of_whole(number, None))
     return found
 
 
@@ -230,7 +238,7 @@ def make_states(part: Part, optimizer: torch.optim.Optimizer, saved: Saved) -> N
 def _read_numbers(saved: Saved, name: str, kinds: Mapping[str, Any]) -> dict[str, Tensor]:
     found = {key: torch.zeros((), dtype=kind.properties.dtype) for key, kind in kinds.items() if key in SCALARS}
     saved.read(
-        [entry for key, value in found.items() for entry in _entries((*STATE, name, key), of_whole(value, None))]
+        [entry for key, value in found.items() for entry in entries_of((*STATE, name, key), of_whole(value, None))]
     )
     return found
 
@@ -290,150 +298,3 @@ def load_groups(parts: Sequence[Part], optimizer: torch.optim.Optimizer, saved: 
         for number in numbers:
             assert number is not None
             group.update({key: value for key, value in saved[number].items() if key not in LOCAL_OPTIONS})
-
-
-# --- hooks ---
-@dataclass(frozen=True)
-class Level:
-    """A hook's state, or the one that it has between hosts, and its state_dict()."""
-
-    path: Where
-    state: HookState
-    held: dict[str, Any]
-
-
-def levels_of(part: Part) -> list[Level]:
-    """Those of the hook of ours that averages a part's gradients; none for other hooks."""
-    found: list[Level] = []
-    state = None if part.spread is None else part.spread.reducer.state
-    path: Where = HOOK
-    held = state.state_dict() if isinstance(state, HookState) else {}
-    while isinstance(state, HookState):
-        found.append(Level(path, state, held))
-        state, path, held = getattr(state, "outer", None), (*path, "outer"), held.get("outer") or {}
-    return found
-
-
-def described(part: Part) -> dict[str, Any]:
-    """{path: kind and steps} of each level."""
-    return {".".join(level.path): {key: level.held[key] for key in ("kind", "steps")} for level in levels_of(part)}
-
-
-def hooks_of(part: Part) -> list[Entry]:
-    """What this rank's hook owes, and what it shares with the ranks that it averages with."""
-    found: list[Entry] = []
-    parameters = part.parameters()
-    for level in levels_of(part):
-        wire = level.state.wire
-        for name, owed in level.held["memory"].items():
-            member = parameters[name]
-            if part.is_first_on_tp(member) and not is_copy(member):
-                pieces = of_range(owed, 0, member.shape, shard_of(member))
-                rows = [_row(piece, wire.rank, wire.world_size) for piece in pieces]
-                found += _entries((*level.path, "memory", name), rows)
-        if wire.rank == 0:
-            for what, key, value in _shared(level.held):
-                found += _entries((*level.path, what, _on_tp(part, key)), of_whole(value, None))
-    return found
-
-
-def _row(piece: Piece, row: int, rows: int) -> Piece:
-    return Piece((rows, *piece.shape), (row, *piece.offsets), piece.values.unsqueeze(0))
-
-
-def _shared(held: Mapping[str, Any]) -> Iterator[tuple[str, str, Tensor]]:
-    for what, values in held.items():
-        if what not in ("kind", "steps", "memory", "outer"):
-            yield from ((what, key, value) for key, value in values.items())
-
-
-def _on_tp(part: Part, key: str) -> str:
-    mesh = None if part.spread is None else part.spread.mesh
-    index, size = (0, 1) if mesh is None else (mesh.index("tp"), mesh.size("tp"))
-    return f"{key}@tp {index} of {size}"
-
-
-def load_hooks(part: Part, saved: Saved, descriptions: Mapping[str, Any]) -> None:
-    """Gives the hook what it owes.
-
-    On as many ranks as saved, each goes on from its own. On another number every rank owes what all owed on average,
-    which leaves the average as it was. A hook of another kind takes over what is owed and nothing else.
-    """
-    levels = levels_of(part)
-    whole: dict[str, Any] = {}
-    for level in reversed(levels):
-        was = descriptions.get(".".join(level.path))
-        state = dict(level.held)
-        state["memory"] = _owed(part, level, saved) if level.state.memory is not None else {}
-        if was is not None and was["kind"] == level.held["kind"]:
-            state["steps"] = was["steps"]
-            state |= _read_shared(part, level, saved)
-        if "outer" in state and whole:
-            state["outer"] = whole
-        whole = state
-    if levels:
-        levels[0].state.load_state_dict(whole)
-
-
-def _owed(part: Part, level: Level, saved: Saved) -> dict[str, Tensor]:
-    """By name, what this rank owes of each parameter, flat."""
-    wire, parameters = level.state.wire, part.parameters()
-    found: dict[str, Tensor] = {}
-    entries: list[Entry] = []
-    averaged: list[tuple[Tensor, Tensor]] = []
-    for (name,), kind in saved.below(*level.path, "memory").items():
-        names = [each for each, p in parameters.items() if stored_name(each, p) == name]
-        for mine in names:
-            member = parameters[mine]
-            found[mine] = torch.zeros(member.numel(), dtype=kind.properties.dtype)
-            for piece in of_range(found[mine], 0, member.shape, shard_of(member)):
-                rows = int(kind.size[0])
-                if rows == wire.world_size:
-                    row = _row(piece, wire.rank, rows)
-                else:
-                    values = piece.values.new_empty((rows, *piece.values.shape))
-                    row = Piece((rows, *piece.shape), (0, *piece.offsets), values)
-                    averaged.append((piece.values, values))
-                entries.append(Entry((*level.path, "memory", name), row))
-    saved.read(entries)
-    for target, values in averaged:
-        target.copy_(values.double().mean(0))
-    return found
-
-
-def _read_shared(part: Part, level: Level, saved: Saved) -> dict[str, dict[str, Tensor]]:
-    """What was saved by as many ranks of tp; what is not there begins anew, as it may."""
-    kinds: dict[str, dict[str, Tensor]] = {
-        what: {} for what, values in level.held.items() if isinstance(values, dict) and what != "memory"
-    }
-    kinds.pop("outer", None)
-    entries: list[Entry] = []
-    suffix = _on_tp(part, "")
-    for what, found in kinds.items():
-        for (key,), kind in saved.below(*level.path, what).items():
-            if key.endswith(suffix):
-                value = torch.empty(kind.size, dtype=kind.properties.dtype)
-                found[key.removesuffix(suffix)] = value
-                entries += _entries((*level.path, what, key), of_whole(value, None))
-    saved.read(entries)
-    return kinds
-
-
-# --- generators ---
-def random_of(generators: Mapping[str, torch.Generator], ranks: Ranks) -> list[Entry]:
-    """The state of each, a row for every rank."""
-    return [
-        Entry((*RANDOM, name), _row(piece, ranks.rank, ranks.world_size))
-        for name, generator in generators.items()
-        for piece in of_whole(generator.get_state(), None)
-    ]
-
-
-def load_random(generators: Mapping[str, torch.Generator], ranks: Ranks, saved: Saved) -> None:
-    """Each rank's own; on another number of ranks, rank r goes on from rank r modulo the number then."""
-    for (name,), kind in saved.below(*RANDOM).items():
-        if name in generators:
-            rows, count = (int(size) for size in kind.size)
-            state = torch.empty((1, count), dtype=kind.properties.dtype)
-            saved.read([Entry((*RANDOM, name), Piece((rows, count), (ranks.rank % rows, 0), state))])
-            generators[name].set_state(state[0])
