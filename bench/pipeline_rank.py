@@ -17,10 +17,9 @@ from torch.distributed import pipelining
 
 from paracomm.models import Decoder, DecoderConfig
 from paracomm.parallel import Mesh, Pipeline
-from paracomm.parallel.pipeline.layer import cut_evenly
 from paracomm.parallel.pipeline.runner import Step
 from paracomm.parallel.pipeline.stage import Stage, make_stages
-from paracomm.pipeline import PipelineSchedule, build
+from paracomm.pipeline import PipelineSchedule, build, cut_evenly
 
 AGREEMENT = 1e-4
 TORCHS: dict[str, str] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -39,6 +39,14 @@ def train(
     tp: Annotated[int, typer.Option(help="Ranks that share each layer; a divisor of --heads.")] = 1,
     cp: Annotated[int, typer.Option(help="Ranks that share each sequence; --context a multiple of 2 CP.")] = 1,
     zero: Annotated[int, typer.Option(help="0 to 3: dp ranks share states, gradients too, weights too.")] = 0,
+    pp: Annotated[int, typer.Option(help="Ranks that share the layers, cut by what each costs here.")] = 1,
+    schedule: Annotated[
+        str, typer.Option(help="Of the pipeline: gpipe, 1f1b, interleaved, zb-h1, zbv, dualpipev.")
+    ] = "1f1b",
+    microbatches: Annotated[
+        int | None,
+        typer.Option(help="Of a rank's sequences, in the pipeline at a time; default: 2 PP.", show_default=False),
+    ] = None,
     sequence: Annotated[
         bool, typer.Option("--sequence", help="Sequence parallel: tp ranks share activations too.")
     ] = False,
@@ -92,7 +100,20 @@ def train(
     try:
         config = TrainConfig(
             model=GPTConfig(width=width, depth=depth, heads=heads, context=context, dropout=dropout),
-            layout=Layout(dp, cp, tp, zero, sequence, cp_method, hook, recompute, precision),  # type: ignore[arg-type]
+            layout=Layout(
+                dp=dp,
+                cp=cp,
+                tp=tp,
+                zero=zero,
+                sequence=sequence,
+                cp_method=cast("Any", cp_method),
+                hook=hook,
+                recompute=cast("Any", recompute),
+                precision=precision,
+                pp=pp,
+                schedule=schedule,
+                microbatches=microbatches,
+            ),
             steps=steps,
             batch=batch,
             accumulate=accumulate,

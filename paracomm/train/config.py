@@ -85,7 +85,11 @@ class TrainConfig:
     def _check_layout(self) -> None:
         shape, layout = self.model, self.layout
         layout.check(
-            heads=shape.heads, kv_heads=shape.key_value_heads, vocabulary=shape.vocabulary, length=shape.context
+            heads=shape.heads,
+            kv_heads=shape.key_value_heads,
+            vocabulary=shape.vocabulary,
+            length=shape.context,
+            layers=shape.depth + 2,
         )
         if layout.dp is not None:
             self.share(layout.dp)
@@ -117,7 +121,9 @@ class TrainConfig:
                 f"train: a batch of {self.batch} sequences does not divide by {dp} ranks of dp x "
                 f"{self.accumulate} accumulation steps"
             )
-        return self.batch // parts
+        rows = self.batch // parts
+        self.layout.check(rows=rows)
+        return rows
 
     def described(self) -> dict[str, Any]:
         """As JSON takes it."""

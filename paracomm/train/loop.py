@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from paracomm import kernels
 from paracomm.errors import Error, InvalidArgument, Mismatch
 from paracomm.models.gpt import GPT
+from paracomm.parallel import Pipeline
 from paracomm.parallel.bucket import MIB
 from paracomm.parallel.loss import IGNORED
 from paracomm.parallel.rng import Place, at
@@ -27,6 +27,7 @@ from paracomm.train.data import Corpus, batch, evaluation_batches, load_corpus
 from paracomm.train.metrics import Display, MetricLog
 from paracomm.train.replicas import MeshReplicas, Replicas, open_replicas, use_one_thread
 from paracomm.train.trace import Tracer
+from paracomm.train.whole import whole_weights
 
 FINAL_LR_SHARE = 0.1
 
@@ -50,8 +51,8 @@ class Trainer:
         self._positions = replicas.positions(config.model.context)
         model = GPT(config.model, seed=config.seed).to(DTYPES[config.dtype])
         self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
-        self.replicated = replicas.replicate(model, int(config.bucket_mib * MIB))
-        self.model = cast("GPT", self.replicated.module)
+        self.replicated = replicas.replicate(model, int(config.bucket_mib * MIB), self._share)
+        self.model = self.replicated if isinstance(self.replicated, Pipeline) else self.replicated.module
         self.optimizer = self.replicated.optimizer(
             torch.optim.AdamW, _groups(self.model, config), lr=config.lr, betas=(0.9, 0.95), fused=True
         )
@@ -59,7 +60,8 @@ class Trainer:
     def backward(self, step: int) -> Tensor:
         """Gradients of `step`'s global batch, reduced; returns this rank's share of the loss, in nats.
 
-        The mean over all ranks is the loss: each has equally many positions.
+        The mean over all ranks is the loss: each has equally many positions, and of a pipeline the last rank counts for
+        all of them.
         """
         config, (index, parts) = self.config, self.replicas.part
         inputs, targets = batch(
@@ -76,24 +78,26 @@ class Trainer:
         for turn, (x_BT, y_BT) in enumerate(zip(inputs.split(self._share), targets.split(self._share), strict=True)):
             last = turn == config.accumulate - 1
             place = self._place(step, (index * config.accumulate + turn) * self._share, len(x_BT))
-            with at(place), nullcontext() if last else self.replicated.no_sync():
-                with span("compute", "forward", turn=turn):
-                    nats, count = self._nats(self.replicated, x_BT, y_BT)
-                    loss = nats / (count * config.accumulate)
-                with span("compute", "backward", turn=turn):
-                    loss.backward()
-            total += loss.detach()
+            with at(place):
+                total += self._turn(x_BT[:, self._positions], y_BT[:, self._positions], turn, last)
         self.replicated.finish()
         return total
 
+    def _turn(self, x_BT: Tensor, y_BT: Tensor, turn: int, last: bool) -> Tensor:
+        replicated, divisor = self.replicated, y_BT.numel() * self.config.accumulate
+        if isinstance(replicated, Pipeline):
+            batch = {"tokens": x_BT, "targets": y_BT}
+            return replicated.forward_backward(batch, divisor=divisor, more=not last) * self.config.layout.pp
+        with nullcontext() if last else replicated.no_sync():
+            with span("compute", "forward", turn=turn):
+                nats, _ = replicated(x_BT, y_BT)
+                loss = nats / divisor
+            with span("compute", "backward", turn=turn):
+                loss.backward()
+        return cast("Tensor", loss.detach())
+
     def _place(self, step: int, first_row: int, rows: int) -> Place:
         return Place(self.config.seed, step, torch.arange(first_row, first_row + rows), self._positions)
-
-    def _nats(self, model: Callable[..., Any], x_BT: Tensor, y_BT: Tensor) -> tuple[Tensor, int]:
-        """The sum over this rank's positions, and how many these are, fillers included."""
-        x_BT, y_BT = x_BT[:, self._positions], y_BT[:, self._positions]
-        nats, _ = model(x_BT, y_BT)
-        return nats, y_BT.numel()
 
     def update(self, step: int) -> float:
         """Clips, steps the optimizer, and returns the gradients' global norm before clipping."""
@@ -119,20 +123,37 @@ class Trainer:
             rank=index,
             world_size=parts,
         ):
-            with at(self._place(0, 0, len(x_BT))):
-                nats, _ = self._nats(self.model, x_BT, y_BT)
-            sums[0] += nats
-            sums[1] += (y_BT[:, self._positions] != IGNORED).sum()
+            for nats, count in self._evaluated(x_BT[:, self._positions], y_BT[:, self._positions]):
+                sums += torch.stack([nats.double(), count.double()])
         self.model.train()
         self.replicas.sum(sums)
         return float(sums[0] / sums[1]) / math.log(2)
 
+    def _evaluated(self, x_BT: Tensor, y_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(sum of the nats, targets that count) of this rank's windows; of a pipeline the last rank has them."""
+        if not isinstance(self.replicated, Pipeline):
+            with at(self._place(0, 0, len(x_BT))):
+                return [self.model(x_BT, y_BT)]
+        missing = -len(x_BT) % self.config.layout.microbatch_count
+        x_BT = torch.cat([x_BT, x_BT[:1].expand(missing, -1)])
+        y_BT = torch.cat([y_BT, torch.full((missing, y_BT.shape[1]), IGNORED)])
+        with at(self._place(0, 0, len(x_BT))):
+            return [(nats, count) for nats, count in self.replicated({"tokens": x_BT, "targets": y_BT})]
+
     def sample(self) -> bytes:
         """The prompt and what follows, on rank 0; b"" elsewhere, unless ranks have to write together."""
-        layout = self.config.layout
-        if self.replicas.rank and layout.tp == 1 and layout.zero < 3:
+        config, layout = self.config, self.config.layout
+        if layout.pp > 1:
+            weights = whole_weights(self.replicated)
+            if self.replicas.rank:
+                return b""
+            model = GPT(config.model).to(next(iter(weights.values())).dtype)
+            model.load_state_dict(weights, strict=False)  # a tied head has no name of its own
+        elif self.replicas.rank and layout.tp == 1 and layout.zero < 3:
             return b""
-        return self.model.generate(self.config.prompt.encode(), self.config.sample_bytes, seed=self.config.seed)
+        else:
+            model = cast("GPT", self.model)
+        return model.generate(config.prompt.encode(), config.sample_bytes, seed=config.seed)
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

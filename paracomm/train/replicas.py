@@ -13,9 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paracomm
 from paracomm.errors import InvalidArgument
-from paracomm.parallel import DataParallel, Layout
+from paracomm.parallel import DataParallel, Layout, Pipeline
 from paracomm.parallel.bucket import MIB
 from paracomm.parallel.context import context_positions
+from paracomm.parallel.cost import measured_cut
+from paracomm.parallel.pipeline import layers_of
+from paracomm.parallel.rng import Place, at
 from paracomm.train.storage import Alone, Ranks
 
 
@@ -37,10 +40,22 @@ class MeshReplicas:
         """This rank's of a sequence, int64."""
         return context_positions(length, self.mesh.size("cp"), self.mesh.index("cp"))
 
-    def replicate(self, model: nn.Module, bucket_bytes: int) -> DataParallel:
-        """`model` by the layout; the first bucket is at most a quarter of the others."""
-        first = max(1, min(MIB, bucket_bytes // 4))
-        return self.layout.spread(model, self.mesh, bucket_bytes=bucket_bytes, first_bucket_bytes=first)
+    def replicate(self, model: nn.Module, bucket_bytes: int, rows: int) -> DataParallel | Pipeline:
+        """`model` by the layout; the first bucket is at most a quarter of the others.
+
+        Stages of a pipeline are cut by what layers cost on rank 0, on microbatches of a batch of `rows`.
+        """
+        first_bytes = max(1, min(MIB, bucket_bytes // 4))
+        first = self._cut(model, rows // self.layout.microbatch_count) if self.layout.pp > 1 else None
+        return self.layout.spread(
+            model, self.mesh, bucket_bytes=bucket_bytes, first_bucket_bytes=first_bytes, first=first
+        )
+
+    def _cut(self, model: Any, rows: int) -> list[int]:
+        length = model.config.context
+        batch = {name: torch.zeros(rows, length, dtype=torch.int64) for name in ("tokens", "targets")}
+        with at(Place(0, 0, torch.arange(rows), torch.arange(length))):
+            return measured_cut(layers_of(model), batch, self.layout.pipeline_schedule(), self.comm)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over all ranks, in place."""
@@ -125,7 +140,7 @@ class TorchReplicas:
     def positions(self, length: int) -> Tensor:
         return torch.arange(length)
 
-    def replicate(self, model: nn.Module, bucket_bytes: int) -> TorchReplica:
+    def replicate(self, model: nn.Module, bucket_bytes: int, rows: int) -> TorchReplica:
         """`model`, under DDP with gradients as views into its buckets."""
         if not self.ddp:
             return TorchReplica(model, None)
@@ -151,7 +166,7 @@ class TorchReplicas:
             dist.destroy_process_group()
 
 
-Replica: TypeAlias = DataParallel | TorchReplica
+Replica: TypeAlias = DataParallel | Pipeline | TorchReplica
 Replicas: TypeAlias = MeshReplicas | TorchReplicas
 
 
