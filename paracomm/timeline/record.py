@@ -108,15 +108,17 @@ def span(kind: Kind, name: str, **details: Any) -> AbstractContextManager[None]:
 
 def add(kind: Kind, name: str, start_ns: int, end_ns: int, *, lane: str, **details: Any) -> None:
     """Records what was under way by itself from start_ns to end_ns (time.perf_counter_ns), in a lane of that name."""
-    if current is not None:
-        current.events.append(current.event(kind, name, start_ns, end_ns, lane, details))
+    record = current
+    if record is not None:
+        record.events.append(record.event(kind, name, start_ns, end_ns, lane, details))
 
 
 def later(kind: Kind, name: str, times: Times, *, lane: str, **details: Any) -> None:
     """Like add(), for what has begun now: stop() asks `times` for (start_ns, end_ns), None where it has not ended."""
-    if current is not None:
+    record = current
+    if record is not None:
         asked = now()
-        current._later.append((current.event(kind, name, asked, 0, lane, details, asked), times))
+        record._later.append((record.event(kind, name, asked, 0, lane, details, asked), times))
 
 
 def start(comm: Any = None) -> Record:
