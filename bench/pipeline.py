@@ -2,6 +2,7 @@
 
 against-torch  2 and 4 ranks of this host: the same model in the same stages, ours and torch.distributed.pipelining on
                Gloo in turns in one run, in every schedule that both have.
+bubbles        4 ranks, every schedule, stages that sleep instead of computing: idle time beside the simulator's.
 
 A bar prints PASS or SHORT with its figure, and JSON lines go to bench/results/.
 """
@@ -19,6 +20,8 @@ from layouts import measure, slowest
 from pipeline_rank import TORCHS, Task
 
 from paracomm.cli.contest.launch import ContenderError, Place
+from paracomm.pipeline import SCHEDULES
+from paracomm.pipeline.simulate import Costs, simulate
 
 WORKER = Path(__file__).resolve().parent / "pipeline_rank.py"
 
@@ -46,7 +49,28 @@ def against_torch(bar: Bar) -> None:
                 bar.records.append(asdict(task) | {"what": "row", "ranks": ranks, "ours": ours, "torch": theirs})
 
 
-BARS = {"against-torch": against_torch}
+def bubbles(bar: Bar) -> None:
+    """Each schedule with emulated compute times, 4 ranks, 8 microbatches: the bubble measured and simulated."""
+    for schedule in SCHEDULES:
+        task = Task(schedule, seconds=0.02, rounds=5)
+        try:
+            replies = measure(task, Place(4), WORKER)
+        except ContenderError as error:
+            bar.hold(f"did not run: {error}", None, 1)
+            continue
+        plan = task.schedule(4)
+        rest = plan.stages - 1
+        costs = Costs(task.seconds, [0.0, *[task.seconds] * rest], [2 * task.seconds, *[task.seconds] * rest])
+        expected = simulate(plan, costs).bubble
+        step = statistics.median(slowest(replies, "step"))
+        busy = 3 * task.seconds * task.microbatches * plan.stages / plan.world_size
+        found = 1 - busy / step
+        what = f"{schedule}: measured {100 * found:.1f} %, simulated {100 * expected:.1f} %"
+        bar.hold(what, 100 * abs(found - expected), 3, at_least=False, unit=" points apart")
+        bar.records.append(asdict(task) | {"what": "row", "step": step, "measured": found, "simulated": expected})
+
+
+BARS = {"against-torch": against_torch, "bubbles": bubbles}
 
 
 def main(names: Annotated[list[str], typer.Argument(help=f"{', '.join(BARS)}, or all")]) -> None:

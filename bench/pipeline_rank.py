@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from layouts_rank import serve, timed
+from layouts_rank import serve, timed, timed_together
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
 from paracomm.models import Decoder, DecoderConfig
 from paracomm.parallel import Mesh, Pipeline
-from paracomm.parallel.pipeline.layer import cut_evenly
+from paracomm.parallel.pipeline.runner import Step
 from paracomm.parallel.pipeline.stage import Stage, make_stages
-from paracomm.pipeline import PipelineSchedule, build
+from paracomm.pipeline import PipelineSchedule, build, cut_evenly
 
 AGREEMENT = 1e-4
 TORCHS: dict[str, str] = {
@@ -43,6 +44,8 @@ class Task:
     microbatches: int = 8
     vocabulary: int = 512
     rounds: int = 9
+    seconds: float = 0.0
+    """Of an emulated F, B or W; 0: a real model beside torch's."""
 
     def model(self) -> Decoder:
         return Decoder(DecoderConfig(self.width, self.depth, 8, self.context, vocabulary=self.vocabulary, tied=False))
@@ -134,9 +137,54 @@ def against_torch(task: Task, comm: Any) -> dict[str, Any]:
     return {"seconds": seconds, "losses": losses}
 
 
+# --- emulated compute times ---
+class _Slept(torch.autograd.Function):
+    """Its argument, after a while; backward takes a while as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward_s: float, backward_s: float) -> Tensor:
+        ctx.backward_s = backward_s
+        time.sleep(forward_s)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        time.sleep(ctx.backward_s)
+        return gradient.clone(), None, None
+
+
+class EmulatedStage:
+    """A stage that sleeps `seconds` in each of forward, the gradient of its input and that of its weight."""
+
+    def __init__(self, seconds: float, last: bool) -> None:
+        self.seconds, self.last = seconds, last
+        self.weight = torch.zeros(8, requires_grad=True)
+
+    def __call__(self, x: Tensor | None = None) -> tuple[Tensor]:
+        kept = torch.zeros(8) if x is None else x
+        # A stage without an input to give a gradient to does everything in its W, or in its whole B.
+        ahead = _Slept.apply(self.weight, 0.0, self.seconds * (2 if x is None else 1))
+        y = _Slept.apply(kept, self.seconds, self.seconds) + ahead
+        return (y.sum() if self.last else y,)
+
+
+def emulated(task: Task, comm: Any) -> dict[str, Any]:
+    """The share of a step in which this rank does not compute, over all rounds."""
+    schedule = task.schedule(comm.world_size)
+    here = {stage: EmulatedStage(task.seconds, stage + 1 == schedule.stages) for stage in schedule.stages_of(comm.rank)}
+    names: dict[int, set[str]] = {stage: set() for stage in here}
+    batches: list[dict[str, Any]] = [{} for _ in range(task.microbatches)]
+    steps = []
+    for _ in range(task.rounds):
+        step = Step(schedule, comm, here, names, batches, [None] * task.microbatches)
+        comm.barrier()
+        steps.append(timed_together(comm, lambda: step.run(schedule.ranks[comm.rank])))  # noqa: B023
+    return {"seconds": {"step": steps}, "stages": len(here)}
+
+
 def main(path: str, described: str) -> None:
     task = Task(**json.loads(described))
-    serve(path, lambda comm: against_torch(task, comm))
+    serve(path, lambda comm: (emulated if task.seconds else against_torch)(task, comm))
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ class DataParallel(nn.Module):
         if isinstance(state, HookState):
             state.bind(module)
         self.weights = [Weights(bucket) for bucket in self.reducer.buckets]
+        """The parameters that require a gradient, a flat tensor for each bucket."""
         _broadcast([p for p in module.parameters() if not p.requires_grad], self.comm)
         _broadcast(list(module.buffers()), self.comm)
         self._units: Units | None = None
@@ -148,8 +149,13 @@ class DataParallel(nn.Module):
 
     @property
     def parts(self) -> list[DataParallel]:
-        """Itself: what a Pipeline has one of for each of its stages."""
+        """What this rank holds of the model, one for each stage of a pipeline: here the whole."""
         return [self]
+
+    @property
+    def everyone(self) -> Any:
+        """The communicator of the whole mesh."""
+        return self._everyone
 
     @property
     def process_group(self) -> Any:
@@ -219,7 +225,7 @@ class DataParallel(nn.Module):
         return Shards(kind, self.weights, groups, named, self.publish, options).optimizer
 
     def publish(self) -> None:
-        """The parameters become what the owners have made of them."""
+        """The parameters become what the owners have made of them. Collective."""
         if self._units is not None:
             self._units.release_all()
         else:

@@ -124,6 +124,7 @@ class Mesh:
         key = tuple(axis for axis in axes if self._sizes[axis] > 1)
         if key not in self._groups:
             self._groups[key] = self._split(key)
+            self._groups[key].name = self._groups[key].name or "+".join(key)
         return self._groups[key]
 
     def _split(self, axes: tuple[str, ...]) -> Communicator:

@@ -50,7 +50,7 @@ def interleaved(ranks: int, stages: int, microbatches: int) -> list[list[Action]
     the other way. Ahead of the first backward are 2 (p - r - 1) + (v - 1) p forwards (Megatron-LM's warm-up).
 
     Bubble (p - 1) / (v m + p - 1) if m >= p. Where p does not divide m, rounds are longer, up to 2 p - 1, which costs
-    memory and no time; with m < p there is one short round, and time is lost. A rank keeps
+    memory and no time; with m < p the step takes as long as v p + m - 1 microbatches on a stage do. A rank keeps
     min(v m, 2 (p - r - 1) + (v - 1) round + 1) activations of a stage.
     """
     each = stages // ranks
@@ -155,9 +155,9 @@ def _alternate(forward: list[Action], backward: list[Action], ahead: int) -> lis
 
 
 def _rounds(ranks: int, microbatches: int) -> list[range]:
-    """As many as there are whole rounds of `ranks` microbatches, the longer ones first; at least one."""
+    """As many as there are whole rounds of `ranks` microbatches, and at least one."""
     count = max(1, microbatches // ranks)
-    edges = [-(-microbatches * index // count) for index in range(count + 1)]
+    edges = [microbatches * index // count for index in range(count + 1)]
     return [range(a, b) for a, b in pairwise(edges)]
 
 

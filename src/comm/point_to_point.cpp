@@ -123,6 +123,7 @@ bool PointToPoint::advance_send(int peer, Transfer& t) {
       // The queue is full: what was reserved goes back, and meanwhile others, above all receives, must get on.
       if (!endpoint.try_send(peer, t.signature, staged, n, t.last_index)) return moved;
     }
+    if (!t.started) t.work->begin();
     t.moved += n;
     t.started = moved = true;
   }
@@ -137,6 +138,7 @@ bool PointToPoint::advance_recv(int peer, Transfer& t) {
     const size_t n = std::min(kSlice, t.nbytes - t.moved);
     const std::byte* bytes = endpoint.try_recv(peer, t.signature, n, t.data + t.moved);
     if (bytes == nullptr) return false;
+    if (!t.started && t.work) t.work->begin();
     void* dst = t.data + t.moved;
     if (n > 0) copy_bytes(&dst, 1, bytes, n);
     endpoint.release(peer);

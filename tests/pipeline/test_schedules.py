@@ -57,6 +57,22 @@ def test_microbatches_rise_in_every_kind_and_in_the_gradients_of_weights(name):
                 assert weights == list(range(microbatches))
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_messages_of_a_kind_between_two_ranks_are_taken_in_the_order_in_which_they_are_given(name):
+    """So activations, and gradients, need no tag. Both over one channel would not do: see zbv."""
+    for ranks, microbatches in ((2, 5), (3, 7), (4, 8), (5, 3), (8, 21)):
+        schedule = build(name, ranks=ranks, microbatches=microbatches)
+        place = {action: (rank, at) for rank, mine in enumerate(schedule.ranks) for at, action in enumerate(mine)}
+        taken = {}
+        for rank, mine in enumerate(schedule.ranks):
+            for stage, kind, m in mine:
+                to = place.get(Action(stage + {"F": 1, "B": -1, "W": schedule.stages}[kind], kind, m))
+                if to is not None and to[0] != rank:
+                    taken.setdefault((rank, to[0], kind), []).append(to[1])
+        assert all(order == sorted(order) for order in taken.values())
+        assert sum(map(len, taken.values())) > 0
+
+
 def test_which_backward_is_split():
     for name, split in (("gpipe", 0), ("1f1b", 0), ("interleaved", 0), ("zb-h1", 1), ("zbv", 1)):
         schedule = build(name, ranks=4, microbatches=9)

@@ -41,6 +41,11 @@ def test_bubble_of_interleaved(v, f, b, w):
         assert found.bubble == pytest.approx((p - 1) / (v * m + p - 1), abs=1e-12)
 
 
+def test_interleaved_with_fewer_microbatches_than_ranks():
+    for p, m, v in [(4, 1, 2), (4, 3, 2), (8, 5, 3), (5, 4, 4)]:
+        assert step("interleaved", p, m, 3, 4, 5, v).step_s == (v * p + m - 1) * 12
+
+
 @pytest.mark.parametrize("f,b,w", [(1, 1, 1), (10, 10, 5), (10, 14, 7), (3, 20, 2), (10, 2, 7), (7, 10, 10)])
 def test_bubble_of_zb_h1(f, b, w):
     published = f + b - w

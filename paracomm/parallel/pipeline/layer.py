@@ -85,11 +85,6 @@ def layers_of(model: nn.Module, loss: Callable[[Any, Tensor], Tensor] | None = N
     return layers
 
 
-def cut_evenly(layers: int, stages: int) -> list[int]:
-    """The first layer of each stage, as many layers in each, the first ones one more."""
-    return [stage * (layers // stages) + min(stage, layers % stages) for stage in range(stages)]
-
-
 def expect_cut(first: Sequence[int], layers: int, stages: int) -> None:
     """Raises InvalidArgument unless `first` starts `stages` stages of at least one of `layers` layers."""
     edges = [*first, layers]

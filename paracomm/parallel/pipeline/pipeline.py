@@ -19,13 +19,13 @@ from paracomm.parallel.clip import global_norm, scale
 from paracomm.parallel.data import DataParallel
 from paracomm.parallel.mesh import Mesh
 from paracomm.parallel.optimizer import Groups, Shards
-from paracomm.parallel.pipeline.layer import cut_evenly, expect_cut, layers_of
+from paracomm.parallel.pipeline.layer import expect_cut, layers_of
 from paracomm.parallel.pipeline.runner import Step
 from paracomm.parallel.pipeline.stage import make_stages
 from paracomm.parallel.recompute import Mode
 from paracomm.parallel.recompute import recompute as make_recompute
 from paracomm.parallel.weights import Weights
-from paracomm.pipeline import Action, PipelineSchedule
+from paracomm.pipeline import Action, PipelineSchedule, cut_evenly
 from paracomm.pipeline.action import FORWARD
 
 MakeHook = Callable[[], tuple[Any, Hook]]
@@ -86,12 +86,11 @@ class Pipeline(nn.Module):
             "bucket_bytes": bucket_bytes, "first_bucket_bytes": first_bucket_bytes, "zero": zero, "overlap": overlap,
             "average": average, "precision": precision,
         }  # fmt: skip
-        self.parts = nn.ModuleList()
         self._part: dict[int, DataParallel] = {}
         for stage in stages:
             state, hook = (COMMUNICATOR, all_reduce_hook) if make_hook is None else make_hook()
             self._part[stage.index] = DataParallel(stage, mesh, hook=hook, state=state, **options)
-            self.parts.append(self._part[stage.index])
+        self.stages = nn.ModuleList(self._part.values())
         self._names = {stage.index: stage.names for stage in stages}
         self._ties = _Ties(self.comm, [part.reducer.buckets for part in self._part.values()])
         self.results: list[tuple[Any, ...]] = []
@@ -158,6 +157,11 @@ class Pipeline(nn.Module):
         self._ties.add_up()
 
     # --- what DataParallel has, over all stages of this rank ---
+    @property
+    def parts(self) -> list[DataParallel]:
+        """The stages of this rank, in rising order."""
+        return list(self._part.values())
+
     @property
     def buckets(self) -> list[Bucket]:
         return [bucket for part in self._part.values() for bucket in part.reducer.buckets]
