@@ -32,9 +32,9 @@ class Task:
     width: int = 128
     depth: int = 14
     context: int = 64
-    batch: int = 64
-    microbatches: int = 16
-    rounds: int = 7
+    batch: int = 48
+    microbatches: int = 12
+    rounds: int = 5
 
     def model(self) -> Decoder:
         torch.manual_seed(0)
