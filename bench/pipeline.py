@@ -3,6 +3,7 @@
 against-torch  2 and 4 ranks of this host: the same model in the same stages, ours and torch.distributed.pipelining on
                Gloo in turns in one run, in every schedule that both have.
 bubbles        4 ranks, every schedule, stages that sleep instead of computing: idle time beside the simulator's.
+cutting        2 and 4 ranks, a large vocabulary: stages by measured cost beside equally many layers in each.
 
 A bar prints PASS or SHORT with its figure, and JSON lines go to bench/results/.
 """
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import pipeline_cutting_rank as cut_rank
 import typer
 from bars import Bar
 from layouts import measure, slowest
@@ -70,7 +72,32 @@ def bubbles(bar: Bar) -> None:
         bar.records.append(asdict(task) | {"what": "row", "step": step, "measured": found, "simulated": expected})
 
 
-BARS = {"against-torch": against_torch, "bubbles": bubbles}
+def cutting(bar: Bar) -> None:
+    """1F1B, decoders whose head takes as long as a dozen blocks, or more. More ranks than cores share what cores give:
+    with 4 ranks on 2 cores nothing is faster than half of the whole work, so the head has to be that half."""
+    for ranks, task in ((2, cut_rank.Task("1f1b", 16384)), (4, cut_rank.Task("1f1b", 32768, depth=18))):
+        what = f"{ranks} ranks, {task.depth} blocks, vocabulary {task.vocabulary}"
+        try:
+            replies = measure(task, Place(ranks), WORKER.with_name("pipeline_cutting_rank.py"))
+        except ContenderError as error:
+            typer.echo(f"  {error}")
+            bar.hold(what, None, 1)
+            continue
+        even, measured = slowest(replies, "even"), slowest(replies, "measured")
+        cuts, expected = replies[0]["cuts"], replies[0]["expected"]
+        for name, seconds in (("even", even), ("measured", measured)):
+            ranks_ms = " ".join(f"{each * 1e3:.0f}" for each in expected[name])
+            typer.echo(
+                f"  {what}: {name} {cuts[name]}, a microbatch by rank {ranks_ms} ms, step "
+                f"{statistics.median(seconds) * 1e3:.0f} ms"
+            )
+        figure = statistics.median(e / m for e, m in zip(even, measured, strict=True))
+        bar.hold(f"step rate over equally many layers, {what}", figure, 1.15)
+        row = {"what": "row", "ranks": ranks, "even": even, "measured": measured, "costs": replies[0]["costs"]}
+        bar.records.append(asdict(task) | row | {"cuts": cuts})
+
+
+BARS = {"cutting": cutting, "against-torch": against_torch, "bubbles": bubbles}
 
 
 def main(names: Annotated[list[str], typer.Argument(help=f"{', '.join(BARS)}, or all")]) -> None:

@@ -120,7 +120,10 @@ def measured_cut(
     Raises what measure(), agree() and cut() raise.
     """
     costs = agree(measure(layers, batch, repeats=repeats), comm)
-    return cut([cost.seconds for cost in costs], schedule.stages, placement=schedule.placement)
+    first = cut([cost.seconds for cost in costs], schedule.stages, placement=schedule.placement)
+    # Sums of the same numbers may round otherwise on another kind of CPU, and turn a tie.
+    chosen: list[int] = json.loads(comm.exchange(json.dumps(first).encode())[0])
+    return chosen
 
 
 def _nothing() -> None:

@@ -142,22 +142,29 @@ class _Problem:
         return np.asarray(found, np.float64)
 
     def seconds(self, starts: list[int]) -> list[float]:
-        """Of each rank."""
-        found = [0.0] * self.ranks
-        for stage, (start, stop) in enumerate(itertools.pairwise([*starts, self.layers])):
-            found[self.placement[stage]] += float(self.stage_seconds(stage, np.array([start]), stop)[0])
-        for a, b, paid in self.tied:
+        """Of each rank, summed up in the order of the search."""
+        edges, where = np.array([*starts, self.layers]), np.array(self.placement)
+        each = np.diff(self.work[edges]) / self.speeds[where]
+        paid = np.where(where[1:] != where[:-1], self.boundary[edges[1:-1]], 0.0)
+        each[1:] += paid
+        each[:-1] += paid
+        found = self._by_rank(each)
+        for a, b, tie in self.tied:
             pair = {self.placement[int(np.searchsorted(starts, layer, "right")) - 1] for layer in (a, b)}
             for rank in pair if len(pair) == 2 else ():
-                found[rank] += paid
-        return found
+                found[rank] += tie
+        return list(map(float, found))
 
     def excess(self, starts: list[int]) -> float:
         """Bytes beyond the limits."""
-        held = [0.0] * self.ranks
-        for stage, (start, stop) in enumerate(itertools.pairwise([*starts, self.layers])):
-            held[self.placement[stage]] += float(self.memory[stage, stop] - self.memory[stage, start])
-        return sum(max(0.0, have - may) for have, may in zip(held, self._lenient_limit, strict=True))
+        stages = np.arange(self.stages)
+        held = self._by_rank(self.memory[stages, [*starts[1:], self.layers]] - self.memory[stages, starts])
+        return float(np.maximum(held - self._lenient_limit, 0.0).sum())
+
+    def _by_rank(self, of_stages: Floats) -> Floats:
+        found = np.zeros(self.ranks)
+        np.add.at(found, np.array(self.placement), of_stages)
+        return found
 
     @cached_property
     def _lenient_limit(self) -> Floats:
@@ -251,10 +258,10 @@ def _grow(problem: _Problem, before: _Partial, stage: int, stop: int, bound: flo
     rows = _settle(problem, rows.rows(np.flatnonzero(~hopeless)), stage, flat)
     width = max(32, KEPT // (problem.stages * problem.layers))
     if len(rows.stop) > 4 * width:
-        rows = rows.rows(_flattest(rows, 4 * width))
+        rows = rows.rows(_flattest(rows, 4 * width, flat))
     numbers = np.column_stack((rows.settled, rows.seconds, rows.bytes, rows.twin, -rows.twin))
     rows = rows.rows(_unbeaten(numbers))
-    return rows if len(rows.stop) <= width else rows.rows(_flattest(rows, width))
+    return rows if len(rows.stop) <= width else rows.rows(_flattest(rows, width, flat))
 
 
 def _pay_ties(problem: _Problem, rows: _Partial, rank: int, starts: NDArray[np.int64], stop: int) -> None:
@@ -279,10 +286,9 @@ def _settle(problem: _Problem, rows: _Partial, stage: int, flat: bool) -> _Parti
     return replace(rows, settled=settled)
 
 
-def _flattest(rows: _Partial, count: int) -> NDArray[np.int64]:
-    return np.argsort(np.maximum(rows.settled, rows.seconds.max(1)) ** 2 + (rows.seconds**2).sum(1), kind="stable")[
-        :count
-    ]
+def _flattest(rows: _Partial, count: int, flat: bool) -> NDArray[np.int64]:
+    settled = rows.settled if flat else np.maximum(rows.settled, rows.seconds.max(1)) ** 2
+    return np.argsort(settled + (rows.seconds**2).sum(1), kind="stable")[:count]
 
 
 def _unbeaten(numbers: NDArray[Any]) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from ranks import Rank, run_ranks
 from torch import nn
 
 from paracomm.errors import InvalidArgument, Mismatch
+from paracomm.models import Decoder, DecoderConfig, Seq2Seq, Seq2SeqConfig
 from paracomm.parallel import cost
 from paracomm.parallel.cost import LayerCost, agree, boundaries, measure, measured_cut, speeds
 from paracomm.pipeline import build
@@ -154,6 +155,24 @@ def test_boundaries_are_paid_both_ways():
     assert boundaries(costs, bytes_per_s=10, latency_s=0.5) == [7, 1]
     with pytest.raises(InvalidArgument, match="0 bytes/s"):
         boundaries(costs, bytes_per_s=0)
+
+
+def test_layers_of_our_models():
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 50, (2, 8))
+    decoder = Decoder(DecoderConfig(16, 3, 2, 8, vocabulary=50, tied=False))
+    found = measure(decoder.layers(), {"tokens": tokens, "targets": tokens}, repeats=1)
+    assert len(found) == 5
+    assert sum(each.parameter_bytes for each in found) == sum(p.nbytes for p in decoder.parameters())
+    assert [each.output_bytes for each in found] == [2 * 8 * 16 * 4] * 4 + [0]
+    assert len({each.activation_bytes for each in found[1:4]}) == 1 and found[1].activation_bytes > 2 * 8 * 16 * 4
+    assert all(each.forward_s > 0 and each.backward_s > 0 for each in found)
+
+    both = Seq2Seq(Seq2SeqConfig(16, 3, 2, 8, vocabulary=50, encoder_depth=2))
+    batch = {"source": tokens, "tokens": tokens, "targets": tokens}
+    found = measure(both.layers(), batch, repeats=1)
+    # The encoder's end goes along with the decoder's x until the last block.
+    assert [each.output_bytes // (2 * 8 * 16 * 4) for each in found] == [1, 1, 1, 2, 2, 2, 2, 0]
 
 
 def agreeing(rank: Rank):
