@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from paracomm.errors import InvalidArgument
 from paracomm.models import DecoderConfig
 from paracomm.models.gpt import GPT
-from paracomm.parallel import DataParallel, Layout
+from paracomm.parallel import DataParallel, Layout, Pipeline
 from paracomm.parallel.plan import Column, Row
 from paracomm.parallel.shard import gather_parameter
+from paracomm.pipeline import SCHEDULES
 from paracomm.train import loop
 from paracomm.train.checkpoint import Checkpointer, list_checkpoints, load_checkpoint
 from paracomm.train.config import TrainConfig
@@ -61,14 +62,18 @@ def train(trainer: loop.Trainer, first: int, last: int) -> list[float]:
 
 def whole_of(trainer: loop.Trainer) -> Whole:
     """{name: {"weight": ..., "exp_avg": ...}}, gathered by what knows nothing of checkpoints."""
-    spread, found = trainer.replicated, {}
+    spread, flat = trainer.replicated, {}
     weights, states = whole_weights(spread), trainer.optimizer.state_dict()["state"]
-    for name, parameter in spread.module.named_parameters():
-        found[name] = {
-            key: value if key == "step" else gather_parameter(parameter, spread.mesh, value)
-            for key, value in states.get(name, {}).items()
-        }
-        found[name]["weight"] = found[name].pop("master", weights[name])
+    for name, parameter in (named for part in spread.parts for named in part.module.named_parameters()):
+        if not hasattr(parameter, "copy_of"):
+            for key, value in states.get(name, {}).items():
+                flat[f"{name} {key}"] = value if key == "step" else gather_parameter(parameter, spread.mesh, value)
+    if isinstance(spread, Pipeline):
+        flat = spread.everywhere(flat)
+    found: Whole = {name: {"weight": value} for name, value in weights.items()}
+    for path, value in sorted(flat.items()):
+        name, key = path.split(" ")
+        found[name]["weight" if key == "master" else key] = value
     return found
 
 
@@ -135,11 +140,19 @@ def draw(seed: int) -> tuple[str, int, Layout, int, Layout]:
     name, mixed = dice.choice(sorted(MODELS)), dice.random() < 0.5
     found: list[Any] = [name]
     for _ in range(2):
-        dp, cp, tp = dice.choice([(d, c, t) for d in (1, 2, 4) for c in (1, 2) for t in (1, 2, 4) if d * c * t <= 4])
+        pp = dice.choice((1, 1, 2))
+        most = 4 // pp
+        dp, cp, tp = dice.choice(
+            [(d, c, t) for d in (1, 2, 4) for c in (1, 2) for t in (1, 2, 4) if d * c * t <= most]
+        )  # fmt: skip
         sequence = tp > 1 and dice.random() < 0.5
         precision = "bfloat16" if mixed and dice.random() < 0.7 else None
-        layout = Layout(dp=dp, cp=cp, tp=tp, zero=dice.randrange(4), sequence=sequence, precision=precision)
-        found += [dp * cp * tp, layout]
+        schedule = dice.choice(sorted(SCHEDULES)) if pp > 1 else "1f1b"
+        layout = Layout(
+            dp=dp, cp=cp, tp=tp, zero=dice.randrange(4), sequence=sequence, precision=precision, pp=pp,
+            schedule=schedule,
+        )  # fmt: skip
+        found += [pp * dp * cp * tp, layout]
     return tuple(found)
 
 
@@ -172,6 +185,8 @@ def test_fifty_pairs_of_layouts(seed, config, tmp_path):
 def test_the_pairs_are_worth_comparing():
     pairs = [draw(seed) for seed in range(100, 150)]
     layouts = [layout for _, _, *rest in pairs for layout in (rest[0], rest[2])]
+    assert {layout.schedule for layout in layouts if layout.pp > 1} == SCHEDULES.keys()
+    assert sum((a.pp > 1) != (b.pp > 1) for _, _, a, _, b in pairs) >= 15
     assert sum(a != b for _, _, a, _, b in pairs) >= 45
     assert {layout.zero for layout in layouts} == {0, 1, 2, 3}
     assert {layout.tp for layout in layouts} == {layout.dp for layout in layouts} == {1, 2, 4}
