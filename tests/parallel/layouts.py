@@ -282,7 +282,7 @@ REFUSALS = [
     Refusal({"schedule": "zbv"}, "they are a pipeline's"),
     Refusal({"microbatches": 4}, "they are a pipeline's"),
     Refusal({"pp": 4, "schedule": "zbv"}, "8 stages, more than the 6 layers", facts={"layers": 6}),
-    Refusal({"pp": 2}, "4 microbatches do not divide the 6 samples", ("pp", "accumulation"), {"rows": 6}),
+    Refusal({"pp": 2}, "4 microbatches do not divide the 6 samples", facts={"rows": 6}),
     Refusal({"hook": "local_sgd"}, "averages models between steps"),
     Refusal({"tp": 3}, "tp 3 does not divide the 4 heads", facts={"heads": 4}),
     Refusal({"tp": 4}, "tp 4 does not divide the 2 key-value heads", facts={"heads": 4, "kv_heads": 2}),
