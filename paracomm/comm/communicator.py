@@ -497,6 +497,10 @@ class Communicator:
         self._in_flight.clear()
         _open.discard(self)
 
+    def __deepcopy__(self, memo: Any) -> Communicator:
+        """Itself: a copy of what talks to these ranks talks to them, too."""
+        return self
+
     def __enter__(self) -> Communicator:
         return self
 
