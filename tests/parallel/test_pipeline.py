@@ -330,7 +330,7 @@ def refused(rank: Rank, kind: str) -> tuple[str, float]:
     mesh = Mesh(comm, pp=2)
     batch = data(0)
     items: list[nn.Module] = [nn.Linear(6, 8), nn.Linear(8, 4)]
-    ranks, first = 2, [0, 1]
+    ranks, first, options = 2, [0, 1], {"loss": mean_square}
     if kind == "rows":
         batch = {name: x[:7] for name, x in batch.items()}
     elif kind == "entry":
@@ -339,6 +339,9 @@ def refused(rank: Rank, kind: str) -> tuple[str, float]:
         items[0] = Uneven()
     elif kind == "failing":
         items[1] = Failing()
+    elif kind == "loss":
+        loss = nn.functional.l1_loss
+        options["loss"] = lambda y, target: loss(y, target, reduction="none")
     elif kind == "ranks":
         ranks = 3
     elif kind == "cut":
@@ -347,7 +350,7 @@ def refused(rank: Rank, kind: str) -> tuple[str, float]:
     with pytest.raises(Error) as caught:
         try:
             schedule = build("1f1b", ranks=ranks, microbatches=4)
-            pipeline = Pipeline(nn.ModuleList(items), mesh, schedule, first=first, loss=mean_square)
+            pipeline = Pipeline(nn.ModuleList(items), mesh, schedule, first=first, **options)
             pipeline.forward_backward(batch)
         except ZeroDivisionError as error:
             raise Error(f"{type(error).__name__}: {error}") from error
@@ -360,6 +363,7 @@ def refused(rank: Rank, kind: str) -> tuple[str, float]:
         ("rows", "rows 'input' 7, 'target' 7; expected one number of rows, a multiple of 4"),
         ("entry", "the batch has no 'input'"),
         ("uneven", "outputs of stage 0 are float32 [1, 8] for this microbatch, and were float32 [2, 8]"),
+        ("loss", "the last layer gives float32 [2, 4], expected its loss, a scalar, first"),
         ("failing", "ZeroDivisionError: a bug of the user's"),
         ("ranks", "the schedule 1f1b is for 3 ranks, the mesh has pp 2"),
         ("cut", "the stages begin with layers [0, 2] of 2"),

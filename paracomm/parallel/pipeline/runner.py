@@ -96,6 +96,10 @@ class Step:
                 self._way_back(stage, stage + 1, forms).ask()
         else:
             self.results.append(tuple(x.detach() for x in outputs))
+            if keeps and outputs[0].numel() != 1:
+                raise InvalidArgument(
+                    f"pipeline: the last layer gives {form_of(outputs[0])}, expected its loss, a scalar, first"
+                )
             outputs = [outputs[0] / self._divisor]
             self.losses.append(outputs[0].detach().double())
         if keeps:
