@@ -32,9 +32,9 @@ BOUND = 0.3
 """Of torch's step: where communication takes as much, ours is asked to be 1.3 times as fast."""
 
 
-def measure(task: Task, place: Place) -> list[dict[str, Any]]:
-    """Every rank's reply. Raises ContenderError."""
-    group = Group(task.kind, place.ranks, place.starts(), [json.dumps(asdict(task))], worker=WORKER)
+def measure(task: Any, place: Place, worker: Path = WORKER) -> list[dict[str, Any]]:
+    """Every rank's reply to a dataclass with a `kind`. Raises ContenderError."""
+    group = Group(task.kind, place.ranks, place.starts(), [json.dumps(asdict(task))], worker=worker)
     try:
         return group.ask({"do": "measure"}, timeout_s=LIMIT_S)
     except ContenderError:

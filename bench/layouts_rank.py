@@ -306,8 +306,8 @@ def reduce_all(parallel: DataParallel, comm: Any) -> None:
         work.wait()
 
 
-def main(path: str, described: str) -> None:
-    task = Task(**json.loads(described))
+def serve(path: str, answer: Callable[[Any], dict[str, Any]]) -> None:
+    """Connects this rank, and gives what answer(communicator) gives whenever it is asked to measure."""
     torch.set_num_threads(1)
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as control:
         control.connect(path)
@@ -327,12 +327,17 @@ def main(path: str, described: str) -> None:
             if json.loads(line)["do"] == "quit":
                 break
             try:
-                say((overlap if task.kind == "overlap" else against_torch)(task, comm))
+                say(answer(comm))
             except Exception:
                 say({"error": traceback.format_exc(limit=-3)})
         comm.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def main(path: str, described: str) -> None:
+    task = Task(**json.loads(described))
+    serve(path, lambda comm: (overlap if task.kind == "overlap" else against_torch)(task, comm))
 
 
 if __name__ == "__main__":

@@ -218,7 +218,9 @@ void register_comm(py::module_& m) {
   py::class_<Work, std::shared_ptr<Work>>(m, "Work")
       .def("wait", &Work::wait, py::arg("timeout_s") = -1.0, nogil)
       .def("done", &Work::done)
-      .def_property_readonly("source", &Work::source);
+      .def_property_readonly("source", &Work::source)
+      .def_property_readonly("began_ns", &Work::began_ns)
+      .def_property_readonly("ended_ns", &Work::ended_ns);
   m.attr("ANY_PEER") = kAnyPeer;
 
   auto options = [](double timeout_s, size_t window_bytes, size_t staging_bytes, int sockets_per_peer, int cores,

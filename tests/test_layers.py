@@ -47,7 +47,7 @@ PYTHON_ROOMS = {
 FORBIDDEN = {
     "schedule": {"torch", "triton", "mpi4py", "typer", "rich"},
     "pipeline": {"torch", "triton", "mpi4py", "typer"},
-    "timeline": {"torch", "numpy"},
+    "timeline": {"torch", "numpy", "typer", "rich"},
     "errors": {"numpy", "torch"},
 }
 EVERYBODYS = {"background", "errors", "timeline", "version"}

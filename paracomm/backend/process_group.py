@@ -25,6 +25,7 @@ from paracomm.backend.trace import named
 from paracomm.backend.work import COMPLETED, Publisher, Work, seconds
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
+from paracomm.timeline import record
 
 Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
@@ -159,7 +160,8 @@ class ProcessGroup(dist.ProcessGroup):
         if by_reducer:
             self._mapper.notice(tensors[0])
         waits = not asks_async or (by_reducer and not self._between_hosts)
-        if waits and len(tensors) == 1 and not _profiler_enabled() and not opts.timeout > _NO_TIME:
+        seen = _profiler_enabled() or record.current is not None
+        if waits and len(tensors) == 1 and not seen and not opts.timeout > _NO_TIME:
             try:
                 if self._fast(tensors[0], op_name(opts.reduceOp), None):
                     return Work([], list(tensors), None, self._publisher) if asks_async else COMPLETED

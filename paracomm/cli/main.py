@@ -12,8 +12,10 @@ import typer
 COMMANDS = {
     "bench": "Measure collectives beside their peers and the floor; `bench ddp`: training by gradient hooks.",
     "train": "Train a GPT in any layout of ranks.",
+    "trace": "Say what the steps of `train --trace` were made of, for each rank.",
     "verify": "Prove the schedules of all algorithms, and measure the proof with mutants.",
     "simulate": "Cost algorithms on a described topology.",
+    "pipeline": "Show, check, simulate and draw the schedules of pipeline parallelism.",
     "tune": "Choose algorithms by simulation and measurement; `tune kernels`: Triton's configurations, with no GPU.",
     "doctor": "Show what was built and what this machine offers.",
 }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from paracomm.errors import Error
+from paracomm.errors import Error, InvalidArgument
 
 if TYPE_CHECKING:
     from paracomm.train.check import Agreement
@@ -39,6 +39,14 @@ def train(
     tp: Annotated[int, typer.Option(help="Ranks that share each layer; a divisor of --heads.")] = 1,
     cp: Annotated[int, typer.Option(help="Ranks that share each sequence; --context a multiple of 2 CP.")] = 1,
     zero: Annotated[int, typer.Option(help="0 to 3: dp ranks share states, gradients too, weights too.")] = 0,
+    pp: Annotated[int, typer.Option(help="Ranks that share the layers, cut by what each costs here.")] = 1,
+    schedule: Annotated[
+        str, typer.Option(help="Of the pipeline: gpipe, 1f1b, interleaved, zb-h1, zbv, dualpipev.")
+    ] = "1f1b",
+    microbatches: Annotated[
+        int | None,
+        typer.Option(help="Of a rank's sequences, in the pipeline at a time; default: 2 PP.", show_default=False),
+    ] = None,
     sequence: Annotated[
         bool, typer.Option("--sequence", help="Sequence parallel: tp ranks share activations too.")
     ] = False,
@@ -58,12 +66,21 @@ def train(
     log_every: Annotated[int, typer.Option(help="Steps between metrics.")] = 20,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out files.")] = 500,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of checkpoints; default: RUNS/NAME/checkpoints.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, in the same layout or another one.")
+    ] = False,
     bucket_mib: Annotated[float, typer.Option(help="Size of a gradient bucket, MiB.")] = 2.0,
     reducer: Annotated[str, typer.Option(help="paracomm, or ddp for torch DDP.")] = "paracomm",
     backend: Annotated[str, typer.Option(help="torch.distributed backend of --reducer ddp.")] = "gloo",
     prompt: Annotated[str, typer.Option(help="Start of the sample.")] = "def ",
     sample_bytes: Annotated[int, typer.Option(help="Length of the sample.")] = 400,
+    trace: Annotated[
+        Path | None, typer.Option(help="Folder for what each rank did in some steps; then `paracomm trace FOLDER`.")
+    ] = None,
+    trace_steps: Annotated[int, typer.Option(help="Steps of --trace, after warm-up.")] = 3,
     check: Annotated[
         bool, typer.Option("--check", help="Compare a few steps of this layout with one process instead.")
     ] = False,
@@ -83,7 +100,20 @@ def train(
     try:
         config = TrainConfig(
             model=GPTConfig(width=width, depth=depth, heads=heads, context=context, dropout=dropout),
-            layout=Layout(dp, cp, tp, zero, sequence, cp_method, hook, recompute, precision),  # type: ignore[arg-type]
+            layout=Layout(
+                dp=dp,
+                cp=cp,
+                tp=tp,
+                zero=zero,
+                sequence=sequence,
+                cp_method=cast("Any", cp_method),
+                hook=hook,
+                recompute=cast("Any", recompute),
+                precision=precision,
+                pp=pp,
+                schedule=schedule,
+                microbatches=microbatches,
+            ),
             steps=steps,
             batch=batch,
             accumulate=accumulate,
@@ -100,13 +130,18 @@ def train(
             log_every=log_every,
             eval_every=eval_every,
             checkpoint_every=checkpoint_every,
+            checkpoint=checkpoint,
             resume=resume,
             bucket_mib=bucket_mib,
             reducer=reducer,
             backend=backend,
             prompt=prompt,
             sample_bytes=sample_bytes,
+            trace=trace,
+            trace_steps=trace_steps,
         )
+        if check and trace is not None:
+            raise InvalidArgument("train: --trace with --check, which trains in two ways: give one of them")
         agreed = _check(config, check_steps) if check else _train(config)
     except Error as error:
         typer.echo(f"error: {error}", err=True)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from paracomm import _C, background
-from paracomm.comm import programs
+from paracomm.comm import programs, spans
 from paracomm.comm.arrays import DTYPE_NAMES, View, arena_array, assign, contiguous, empty_like, native, view
 from paracomm.comm.work import Work
 from paracomm.errors import InvalidArgument
 from paracomm.schedule import Schedule, build, tune
+from paracomm.timeline import record
 
 _SUM = _C.REDUCE_OPS["sum"]
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
@@ -47,7 +48,10 @@ class Communicator:
         self._core = core
         self._table = table
         self._settings = settings
+        self.name = ""
+        """Of its axis of the mesh: what it is called in a timeline; "" for "world"."""
         self._programs: dict[Any, int] = {}
+        self._algorithms: dict[int, tuple[str, str]] = {}
         self._in_flight: list[tuple[_C.Work, list[Any]]] = []
         self._sweep_at = 16
         # (x, op, out or None): true if it was done at once, None where only all_reduce() knows how.
@@ -104,6 +108,7 @@ class Communicator:
                     f"the communicator has {self.world_size}"
                 )
             self._programs[key] = self._core.add_program(programs.bind(schedule, self.rank))
+            self._algorithms[self._programs[key]] = schedule.collective, schedule.name
         return self._programs[key]
 
     def _choose(self, collective: str, root: int | None, nbytes: int) -> int:
@@ -153,16 +158,31 @@ class Communicator:
     ) -> Any:  # fmt: skip
         limit = -1.0 if timeout_s is None else float(timeout_s)
         arguments = (program, source, target, count, dtype, op, limit, list(blocks), list(output_blocks), largest_block)
+        label: spans.Label | None = spans.EARLIER
+        if record.current is not None:
+            operation, algorithm = self._algorithms[program]
+            label = self._label(operation, (count or sum(blocks)) * _C.item_size(dtype), algorithm=algorithm)
         if async_op:
-            return self._launch(self._core.submit(*arguments), result, keep, finish)
-        self._core.run(*arguments)
+            return self._launch(self._core.submit(*arguments), result, keep, finish, label)
+        if label is None or label is spans.EARLIER:
+            self._core.run(*arguments)
+        else:
+            with spans.runs(label):
+                self._core.run(*arguments)
         if finish is not None:
             finish()
         return result
 
+    def _label(self, operation: str, nbytes: int, **details: Any) -> spans.Label | None:
+        """None: one rank by itself, which nothing is shown of."""
+        if self.world_size == 1:
+            return None
+        return {"axis": self.name or spans.WORLD, "operation": operation, "bytes": nbytes, **details}
+
     def _launch(
-        self, core: _C.Work, result: Any, keep: tuple[Any, ...], finish: Callable[[], None] | None = None
-    ) -> Work:
+        self, core: _C.Work, result: Any, keep: tuple[Any, ...], finish: Callable[[], None] | None,
+        label: spans.Label | None,
+    ) -> Work:  # fmt: skip
         # A Work may be dropped before it is complete (DistributedDataParallel.join does so); the core then still has
         # the memory in use.
         if len(self._in_flight) >= self._sweep_at:
@@ -170,7 +190,9 @@ class Communicator:
             self._sweep_at = max(16, 2 * len(self._in_flight))
         kept = list(keep)  # emptied by whoever waits
         self._in_flight.append((core, kept))
-        return Work(core, result, kept, finish)
+        if label is not None and label is not spans.EARLIER:
+            spans.launched(core, label)
+        return Work(core, result, kept, finish, label)
 
     # --- collectives ---
     def all_reduce(
@@ -178,7 +200,7 @@ class Communicator:
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """The reduction of every rank's x, on every rank: into `out` (shape and dtype of x) or, without it, into x."""
-        plain = not async_op and algorithm is None and timeout_s is None
+        plain = not async_op and algorithm is None and timeout_s is None and record.current is None
         if plain and self.fast_all_reduce(x, op, out):
             return x if out is None else out
         code = _op_code(op)
@@ -381,7 +403,8 @@ class Communicator:
         self, *, async_op: bool = False, algorithm: str | Schedule | None = None, timeout_s: float | None = None
     ) -> Any:
         """Returns when every rank has called it."""
-        if not async_op and algorithm is None and self._core.barrier(-1.0 if timeout_s is None else float(timeout_s)):
+        plain = not async_op and algorithm is None and record.current is None
+        if plain and self._core.barrier(-1.0 if timeout_s is None else float(timeout_s)):
             return None
         program = self._select("barrier", None, 0, algorithm)
         return self._run(program, 0, 0, 0, _C.DTYPES["uint8"], _SUM, timeout_s, async_op, None, ())
@@ -392,7 +415,9 @@ class Communicator:
         once."""
         source, v = _readable(x)
         limit = -1.0 if timeout_s is None else float(timeout_s)
-        work = self._launch(self._core.send(v.address, v.nbytes, v.dtype, peer, limit, tag), x, (source, x))
+        label = spans.EARLIER if record.current is None else self._label("send", v.nbytes, peer=peer)
+        core = self._core.send(v.address, v.nbytes, v.dtype, peer, limit, tag)
+        work = self._launch(core, x, (source, x), None, label)
         return work if async_op else work.wait()
 
     def recv(
@@ -403,7 +428,9 @@ class Communicator:
         target, w, finish = _writable(x)
         limit = -1.0 if timeout_s is None else float(timeout_s)
         source = _C.ANY_PEER if peer is None else peer
-        work = self._launch(self._core.recv(w.address, w.nbytes, w.dtype, source, limit, tag), x, (target, x), finish)
+        label = spans.EARLIER if record.current is None else self._label("recv", w.nbytes, peer=peer)
+        core = self._core.recv(w.address, w.nbytes, w.dtype, source, limit, tag)
+        work = self._launch(core, x, (target, x), finish, label)
         return work if async_op else work.wait()
 
     # --- memory, groups, ends ---
@@ -447,11 +474,14 @@ class Communicator:
             return [everybodys[r] for r in ranks]
 
         transport, interface, master_address, host_id, connect_timeout_s, tuning = self._settings
-        return connect(
+        part = connect(
             ranks.index(self.rank), len(ranks), exchange, transport=transport, timeout_s=self._core.timeout_s,
             connect_timeout_s=connect_timeout_s, interface=interface, master_address=master_address, host_id=host_id,
             **tuning,
         )  # fmt: skip
+        if part.world_size == self.world_size:
+            part.name = self.name
+        return part
 
     def check(self) -> None:
         """Raises what the communicator has failed with, here or on another rank; returns while it is well."""
@@ -466,6 +496,10 @@ class Communicator:
         self._core.close()
         self._in_flight.clear()
         _open.discard(self)
+
+    def __deepcopy__(self, memo: Any) -> Communicator:
+        """Itself: a copy of what talks to these ranks talks to them, too."""
+        return self
 
     def __enter__(self) -> Communicator:
         return self

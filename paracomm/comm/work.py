@@ -6,16 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 from paracomm import _C
+from paracomm.comm import spans
+from paracomm.timeline import record
 
 
 class Work:
     """An operation under way. Its arrays must stay as they are until `wait()` returned or `done()` is true."""
 
-    def __init__(self, core: _C.Work, result: Any, keep: list[Any], finish: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        core: _C.Work,
+        result: Any,
+        keep: list[Any],
+        finish: Callable[[], None] | None = None,
+        label: spans.Label | None = spans.EARLIER,
+    ):
         self._core = core
         self._result = result
         self._keep = keep  # the memory that the operation uses
         self._finish = finish
+        self._label = label
 
     def wait(self, timeout_s: float | None = None) -> Any:
         """Blocks until the operation is complete and returns its result. A waiting thread runs the operation itself.
@@ -25,7 +35,12 @@ class Work:
                 no further use then, on any rank: the operation still had the caller's memory in use.
             PeerLost, Mismatch, Error: what the operation failed with, on every call.
         """
-        self._core.wait(-1.0 if timeout_s is None else float(timeout_s))
+        limit = -1.0 if timeout_s is None else float(timeout_s)
+        if record.current is None or self._label is None or self._core.done():
+            self._core.wait(limit)
+        else:
+            with spans.blocked(self._label):
+                self._core.wait(limit)
         if self._finish is not None:
             self._finish()
             self._finish = None

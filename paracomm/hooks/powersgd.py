@@ -82,19 +82,22 @@ class PowerSGDState(HookState):
 
     def matrices(self, bucket: Bucket) -> list[Matrix]:
         """The matrices of a bucket that are worth approximating."""
-        names, low = self.names.of(bucket), 0
-        found = []
+        found = self._parameters(bucket)
         if self.batched:
             count = bucket.buffer().numel()
             side = math.isqrt(count - 1) + 1 if count else 0
-            found.append(Matrix("+".join(names), 0, count, side, side))
-        else:
-            for name, parameter in zip(names, bucket.parameters(), strict=True):
-                rows = parameter.shape[0] if parameter.dim() > 1 else parameter.numel()
-                columns = parameter.numel() // max(1, rows)
-                found.append(Matrix(name, low, parameter.numel(), rows, columns))
-                low += parameter.numel()
+            found = [Matrix("+".join(m.key for m in found), 0, count, side, side)]
         return [m for m in found if (m.rows + m.columns) * self.rank * self.least_saving <= m.count]
+
+    def _parameters(self, bucket: Bucket) -> list[Matrix]:
+        """Every parameter, where it lies: our own buckets have gaps between them."""
+        names, buffer, found = self.names.of(bucket), bucket.buffer(), []
+        for name, parameter, gradient in zip(names, bucket.parameters(), bucket.gradients(), strict=True):
+            rows = parameter.shape[0] if parameter.dim() > 1 else parameter.numel()
+            columns = parameter.numel() // max(1, rows)
+            low = int(gradient.storage_offset() - buffer.storage_offset())
+            found.append(Matrix(name, low, parameter.numel(), rows, columns))
+        return found
 
     def start(self, bucket: Bucket) -> Finish:
         buffer = bucket.buffer()
@@ -106,7 +109,7 @@ class PowerSGDState(HookState):
         else:
             y = self.memory.flat(bucket)
             y += buffer
-        gaps = _between(matrices, y.numel())
+        gaps, unused = _between(matrices, y.numel()), _between(self._parameters(bucket), y.numel())
         rest = torch.cat([y[low:high] for low, high in gaps])
         products = [m.of(y) @ self._start_q(m, y.device) for m in matrices]
         first = torch.cat([rest, *(p.flatten() for p in products)])
@@ -126,9 +129,11 @@ class PowerSGDState(HookState):
             for m, basis, q, flat in zip(matrices, bases, turned, ends, strict=True):
                 self._q[m.key] = flat.view_as(q).clone()
                 result[m.low : m.low + m.count] = (basis @ self._q[m.key].T).flatten()[: m.count]
+            for low, high in unused:  # which a bucket's one matrix takes along, and which has no place in a checkpoint
+                result[low:high] = 0.0
             if self.memory is not None:
                 y.sub_(result)
-                for low, high in gaps:
+                for low, high in gaps + unused:
                     y[low:high] = 0.0
                 torch.nan_to_num_(y, 0.0, 0.0, 0.0)  # an overflow must not stay
             return buffer.copy_(result)

@@ -27,6 +27,7 @@ from paracomm.models.layers import (
 from paracomm.models.plans import block_plan
 from paracomm.parallel import rng
 from paracomm.parallel.loss import Head
+from paracomm.parallel.pipeline import Layer
 from paracomm.parallel.plan import Positions, Style, Vocabulary
 
 
@@ -57,18 +58,33 @@ class Decoder(nn.Module):
         A target of -100 does not count. `cache`, one for each block, is extended by the tokens' keys and values.
         Raises InvalidArgument for positions beyond the context.
         """
-        expect_within(self.config.context, tokens_BT)
-        x_BTD = self.token(tokens_BT)
-        if self.position is not None:
-            x_BTD = x_BTD + self.position(tokens_BT)
+        x_BTD = self.embed(tokens_BT)
         for index, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, cache=None if cache is None else cache[index])
+        return self.predict(x_BTD, targets_BT)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """x [B, T, D] for the blocks."""
+        expect_within(self.config.context, tokens_BT)
+        x_BTD: Tensor = self.token(tokens_BT)
+        return x_BTD if self.position is None else x_BTD + self.position(tokens_BT)
+
+    def predict(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """What forward gives, of what the last block gives."""
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             logits: Tensor = self.head(x_BTD)
             return logits
         loss: tuple[Tensor, Tensor] = self.head.loss(x_BTD, targets_BT)
         return loss
+
+    def layers(self) -> list[Layer]:
+        """For a pipeline, of batches with "tokens" and "targets"; the last one gives the loss as forward does."""
+        return [
+            Layer(self.embed, (self.token, self.position), ("tokens",)),
+            *map(Layer, self.blocks),
+            Layer(self.predict, (self.norm, self.head), ("targets",)),
+        ]
 
     def new_cache(self) -> list[BlockCache]:
         """Empty, for forward."""

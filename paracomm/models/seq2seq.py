@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -25,6 +26,7 @@ from paracomm.models.layers import (
 from paracomm.models.plans import block_plan
 from paracomm.parallel import rng
 from paracomm.parallel.loss import Head
+from paracomm.parallel.pipeline import Layer
 from paracomm.parallel.plan import Positions, Style, Vocabulary
 
 
@@ -97,15 +99,25 @@ class Seq2Seq(nn.Module):
 
     def encode(self, source_BS: Tensor, source_mask: Tensor | None = None) -> Tensor:
         """The memory [B, S, D] that the decoder looks at."""
+        x_BSD = self.embed_source(source_BS)
+        for block in self.encoder:
+            x_BSD = self.encode_by(block, x_BSD, source_BS, source_mask)
+        memory_BSD: Tensor = self.encoder_norm(x_BSD)
+        return memory_BSD
+
+    def embed_source(self, source_BS: Tensor) -> Tensor:
+        """x [B, S, D] for the encoder's blocks."""
         with at_source(source_BS):
             expect_within(self.config.context, source_BS)
-            x_BSD = self.token(source_BS)
-            if self.source_position is not None:
-                x_BSD = x_BSD + self.source_position(source_BS)
-            for block in self.encoder:
-                x_BSD = block(x_BSD, key_mask=source_mask)
-            memory_BSD: Tensor = self.encoder_norm(x_BSD)
-        return memory_BSD
+            x_BSD: Tensor = self.token(source_BS)
+            return x_BSD if self.source_position is None else x_BSD + self.source_position(source_BS)
+
+    @staticmethod
+    def encode_by(block: nn.Module, x_BSD: Tensor, source_BS: Tensor, source_mask: Tensor | None) -> Tensor:
+        """What one of the encoder's blocks gives."""
+        with at_source(source_BS):
+            y_BSD: Tensor = block(x_BSD, key_mask=source_mask)
+            return y_BSD
 
     def decode(
         self,
@@ -117,18 +129,53 @@ class Seq2Seq(nn.Module):
         cache: Sequence[BlockCache] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As forward. `cache`, one for each block, is extended; it is of one memory."""
-        expect_within(self.config.context, tokens_BT)
-        x_BTD = self.token(tokens_BT)
-        if self.target_position is not None:
-            x_BTD = x_BTD + self.target_position(tokens_BT)
+        x_BTD = self.embed_target(tokens_BT)
         for index, block in enumerate(self.decoder):
             x_BTD = block(x_BTD, memory_BSD, source_mask, None if cache is None else cache[index])
+        return self.predict(x_BTD, targets_BT)
+
+    def embed_target(self, tokens_BT: Tensor) -> Tensor:
+        """x [B, T, D] for the decoder's blocks."""
+        expect_within(self.config.context, tokens_BT)
+        x_BTD: Tensor = self.token(tokens_BT)
+        return x_BTD if self.target_position is None else x_BTD + self.target_position(tokens_BT)
+
+    def predict(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """What forward gives, of what the last block gives."""
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             logits: Tensor = self.head(x_BTD)
             return logits
         loss: tuple[Tensor, Tensor] = self.head.loss(x_BTD, targets_BT)
         return loss
+
+    def layers(self) -> list[Layer]:
+        """For a pipeline, of batches with "source", "tokens", "targets" and, if there is padding, "mask".
+
+        From the encoder's end on, the memory is carried beside the decoder's x, to its last block.
+        """
+        source, mask = ("source",), ("mask",)
+        encoder = [Layer(partial(self.encode_by, block), (block,), source, mask) for block in self.encoder]
+        decoder = [Layer(partial(self._decode_by, block), (block,), (), mask) for block in self.decoder]
+        return [
+            Layer(self.embed_source, (self.token, self.source_position), source),
+            *encoder,
+            Layer(self._turn, (self.encoder_norm, self.token, self.target_position), ("tokens",)),
+            *decoder,
+            Layer(self._predict_beside, (self.norm, self.head), ("targets",)),
+        ]
+
+    def _turn(self, x_BSD: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder_norm(x_BSD), self.embed_target(tokens_BT)
+
+    @staticmethod
+    def _decode_by(
+        block: nn.Module, memory_BSD: Tensor, x_BTD: Tensor, source_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return memory_BSD, block(x_BTD, memory_BSD, source_mask)
+
+    def _predict_beside(self, _: Tensor, x_BTD: Tensor, targets_BT: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.predict(x_BTD, targets_BT)
 
     def new_cache(self) -> list[BlockCache]:
         """Empty, for decode."""

@@ -33,12 +33,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paracomm.comm import Work
 from paracomm.errors import Error, InvalidArgument
 from paracomm.hooks import LocalSGDState, local_sgd_hook
 from paracomm.hooks.lane import keeps_order, one_at_a_time, raised_by, wait_while_well
@@ -51,6 +53,7 @@ from paracomm.parallel.reduction import (
     start_reduce_scatter,
 )
 from paracomm.parallel.shard import shard_of
+from paracomm.timeline import span
 
 MIB = 1 << 20
 ALIGN = 64
@@ -234,7 +237,9 @@ class Reducer:
         def apart(name: str, parameter: nn.Parameter) -> Hashable:
             # A hook errs by the whole bucket. What all ranks of tp hold must err alike on them, away from their shards.
             alike = hook is not all_reduce_hook and shard_of(parameter) is None
-            return id(groups[id(parameter)]), None if unit_of is None else unit_of(name), alike
+            # A weight that several stages have (tied) lies in its bucket as it does in theirs: by itself.
+            tied = getattr(parameter, "tied", None)
+            return id(groups[id(parameter)]), None if unit_of is None else unit_of(name), alike, tied
 
         for index, members in enumerate(plan_buckets(named, bucket_bytes, first_bucket_bytes, apart, precision)):
             first = members[0][1]
@@ -288,6 +293,11 @@ class Reducer:
         self._exact = hook is all_reduce_hook
         self._hook = one_at_a_time(hook)
         self._state = self.comm if state is COMMUNICATOR else state
+
+    @property
+    def state(self) -> Any:
+        """What the hook is called with."""
+        return self._state
 
     def _on_gradient(self, bucket: Bucket, slot: int) -> Callable[[Tensor], None]:
         def arrive(parameter: Tensor) -> None:
@@ -398,9 +408,10 @@ class Reducer:
         data = bucket.data
         assert data is not None
         try:
-            if isinstance(work, torch._C.Future) and hasattr(comm, "check"):
-                wait_while_well(work, comm)
-            result = work.wait()
+            with _blocked(bucket, work):
+                if isinstance(work, torch._C.Future) and hasattr(comm, "check"):
+                    wait_while_well(work, comm)
+                result = work.wait()
         except BaseException as error:
             # A torch Future keeps the text of an error only; its lane and a state of ours keep the error.
             cause = raised_by(work) or getattr(self._state, "failure", None) or error
@@ -443,6 +454,12 @@ class Reducer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _blocked(bucket: Bucket, work: Pending) -> AbstractContextManager[None]:
+    """In the timeline; a Work of ours says so itself."""
+    axis, name = getattr(bucket.comm, "name", ""), f"bucket {bucket.position}"
+    return nullcontext() if isinstance(work, Work) else span("wait", name, axis=axis, operation="hook")
 
 
 def plan_buckets(

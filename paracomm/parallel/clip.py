@@ -45,6 +45,8 @@ def counted(buckets: Sequence[Bucket], first_of: Any) -> Iterator[tuple[Bucket, 
             raise Error("clip_() came before the first finish(): there are no reduced gradients yet")
         whole_on_tp = {axis for axis in ("tp",) if axis not in getattr(bucket.members[0], "partial", ())}
         for slot, (offset, member) in enumerate(zip(bucket.offsets, bucket.members, strict=True)):
+            if hasattr(member, "copy_of"):  # another stage counts it
+                continue
             cut_over = getattr(getattr(member, "shard", None), "axis", None)
             if not all(first_of(axis) for axis in whole_on_tp - {cut_over}):
                 continue

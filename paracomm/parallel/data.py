@@ -109,13 +109,14 @@ class DataParallel(nn.Module):
         )
         if isinstance(state, HookState):
             state.bind(module)
-        self._weights = [Weights(bucket) for bucket in self.reducer.buckets]
+        self.weights = [Weights(bucket) for bucket in self.reducer.buckets]
+        """The parameters that require a gradient, a flat tensor for each bucket."""
         _broadcast([p for p in module.parameters() if not p.requires_grad], self.comm)
         _broadcast(list(module.buffers()), self.comm)
         self._units: Units | None = None
         if zero == 3:
             self._give_gathers_their_own_order()
-            self._units = Units(module, names, self._weights, unit_of)
+            self._units = Units(module, names, self.weights, unit_of)
             self.reducer.on_arrived = self._units.gradients_arrived
         self._keep_states_whole()
 
@@ -140,11 +141,21 @@ class DataParallel(nn.Module):
     def _give_gathers_their_own_order(self) -> None:
         """Which comes first, a gather or a reduction beside it, may differ between ranks."""
         twins: dict[int, Any] = {}
-        for weights in self._weights:
+        for weights in self.weights:
             comm = weights.bucket.comm
             if id(comm) not in twins:
                 twins[id(comm)] = comm.split(0)
             weights.comm = twins[id(comm)]
+
+    @property
+    def parts(self) -> list[DataParallel]:
+        """What this rank holds of the model, one for each stage of a pipeline: here the whole."""
+        return [self]
+
+    @property
+    def everyone(self) -> Any:
+        """The communicator of the whole mesh."""
+        return self._everyone
 
     @property
     def process_group(self) -> Any:
@@ -211,14 +222,14 @@ class DataParallel(nn.Module):
         Raises InvalidArgument for another kind, and for groups that do not hold each parameter once.
         """
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        return Shards(kind, self._weights, groups, named, self._publish, options).optimizer
+        return Shards(kind, self.weights, groups, named, self.publish, options).optimizer
 
-    def _publish(self) -> None:
-        """The parameters become what the owners have made of them."""
+    def publish(self) -> None:
+        """The parameters become what the owners have made of them. Collective."""
         if self._units is not None:
             self._units.release_all()
         else:
-            gather_now(self._weights)
+            gather_now(self.weights)
 
     def clip_(self, max_norm: float) -> float:
         """Scales the gradients so that their norm over the whole mesh is at most `max_norm`; returns the norm before.
@@ -243,7 +254,7 @@ class DataParallel(nn.Module):
 
         docs/memory.md has the formula. Memory that two of them share counts for the first.
         """
-        parameters = [tensor for each in self._weights for tensor in (each.full, each.master) if tensor is not None]
+        parameters = [tensor for each in self.weights for tensor in (each.full, each.master) if tensor is not None]
         states = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
         kinds = {
             "parameters": parameters + ([] if self._units is None else self._units.held()),
@@ -275,7 +286,7 @@ class DataParallel(nn.Module):
                 units.release_all()
 
         def loaded(*_: Any) -> None:
-            for weights in self._weights:
+            for weights in self.weights:
                 weights.store()
             if units is not None:
                 units.release_all()

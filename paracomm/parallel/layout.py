@@ -9,8 +9,9 @@ optimizer = model.optimizer(torch.optim.AdamW, lr=1e-3)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 from torch import nn
@@ -18,12 +19,14 @@ from torch import nn
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
 from paracomm.hooks import HOOKS, make_hook
-from paracomm.parallel.bucket import COMMUNICATOR, MIB, all_reduce_hook
+from paracomm.parallel.bucket import MIB
 from paracomm.parallel.context import Method
 from paracomm.parallel.data import PRECISIONS, DataParallel
-from paracomm.parallel.mesh import Mesh
+from paracomm.parallel.mesh import Mesh, product
+from paracomm.parallel.pipeline import Pipeline
 from paracomm.parallel.plan import Plan, parallelize
 from paracomm.parallel.recompute import Mode, recompute
+from paracomm.pipeline import SCHEDULES, PipelineSchedule, build
 
 PRECISION_NAMES = [name for name in PRECISIONS if name is not None]
 
@@ -32,13 +35,15 @@ PRECISION_NAMES = [name for name in PRECISIONS if name is not None]
 class Layout:
     """What each rank holds and sends. The numbers of a run do not depend on it, but for `hook` and `precision`.
 
-    dp: ranks that share the rows of a batch; None: what cp and tp leave.
+    dp: ranks that share the rows of a batch; None: what the other axes leave.
     cp: ranks that share the positions of a sequence. cp_method: "ring" or "ulysses" attention over them.
     tp: ranks that share a layer. sequence: they share the positions between its products too.
     zero: the stage of ZeRO: what dp and cp ranks share, that they would all hold (0 to 3).
     hook: how gradients travel, a name of paracomm.hooks.HOOKS; None: as they are.
     recompute: what backward computes again, "none", "selective" or "full".
     precision: "bfloat16", with float32 weights in the optimizer; None: the model's own.
+    pp: ranks that share the layers. schedule: who computes when, a name of paracomm.pipeline.SCHEDULES.
+    microbatches: of this rank's samples that pass through them in one go; None: twice as many as ranks.
     """
 
     dp: int | None = None
@@ -50,6 +55,9 @@ class Layout:
     hook: str | None = None
     recompute: Mode = "none"
     precision: str | None = None
+    pp: int = 1
+    schedule: str = "1f1b"
+    microbatches: int | None = None
 
     def check(
         self,
@@ -59,15 +67,18 @@ class Layout:
         kv_heads: int | None = None,
         vocabulary: int | None = None,
         length: int | None = None,
+        layers: int | None = None,
+        rows: int | None = None,
     ) -> None:
         """Raises InvalidArgument, with the reason, where the layout cannot work.
 
-        What is not known yet is not looked at: `heads`, `kv_heads` (None: as many) and `vocabulary` of the model,
-        `length` of its sequences, `world_size` of the job.
+        What is not known yet is not looked at: `heads`, `kv_heads` (None: as many), `vocabulary` and `layers` of the
+        model, `length` of its sequences, `rows` of a rank's batch, `world_size` of the job.
         """
         for reason in self.refusals(
-            world_size=world_size, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary, length=length
-        ):
+            world_size=world_size, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary, length=length, layers=layers,
+            rows=rows,
+        ):  # fmt: skip
             raise InvalidArgument(f"layout: {reason}")
 
     def refusals(
@@ -78,6 +89,8 @@ class Layout:
         kv_heads: int | None = None,
         vocabulary: int | None = None,
         length: int | None = None,
+        layers: int | None = None,
+        rows: int | None = None,
     ) -> Iterator[str]:
         """The reasons why check() would raise; none if the layout works."""
         values = list(self._wrong_values())
@@ -85,6 +98,7 @@ class Layout:
         if values:
             return
         yield from self._wrong_pairs()
+        yield from self._wrong_pipeline(layers, rows)
         yield from self._wrong_model(heads, heads if kv_heads is None else kv_heads, vocabulary)
         if length is not None:
             yield from self._wrong_length(length)
@@ -102,11 +116,14 @@ class Layout:
             "hook": (None, *HOOKS),
             "recompute": get_args(Mode),
             "precision": (None, *PRECISION_NAMES),
+            "schedule": tuple(SCHEDULES),
         }
         for name, expected in choices.items():
             if getattr(self, name) not in expected:
                 wanted = ", ".join(str(each) for each in expected if each is not None)
                 yield f"{name} is {getattr(self, name)!r}, expected one of {wanted}"
+        if self.microbatches is not None and self.microbatches < 1:
+            yield f"microbatches is {self.microbatches}, expected at least 1"
 
     def _wrong_pairs(self) -> Iterator[str]:
         if self.hook is not None and self.zero > 1:
@@ -123,6 +140,30 @@ class Layout:
             yield "sequence with tp 1: sequence parallelism shares positions between the ranks of tp; use tp 2 or more"
         if self.cp_method == "ulysses" and self.cp == 1:
             yield "cp_method ulysses with cp 1: it exchanges heads between the ranks of cp; use cp 2 or more"
+
+    def _wrong_pipeline(self, layers: int | None, rows: int | None) -> Iterator[str]:
+        if self.pp == 1:
+            if self.schedule != Layout.schedule or self.microbatches is not None:
+                yield "a schedule or microbatches with pp 1: they are a pipeline's; use pp 2 or more, or accumulate"
+            return
+        try:
+            stages = self.pipeline_schedule().stages
+        except InvalidArgument as error:
+            yield str(error).removeprefix("pipeline: ")
+            return
+        if layers is not None and stages > layers:
+            yield f"schedule {self.schedule} with pp {self.pp} has {stages} stages, more than the {layers} layers"
+        if rows is not None and rows % self.microbatch_count:
+            yield f"{self.microbatch_count} microbatches do not divide the {rows} samples of a rank"
+
+    @property
+    def microbatch_count(self) -> int:
+        """Of one pass through the pipeline; 1 where there is none."""
+        return (1 if self.pp == 1 else 2 * self.pp) if self.microbatches is None else self.microbatches
+
+    def pipeline_schedule(self) -> PipelineSchedule:
+        """What the ranks of pp run. Raises InvalidArgument where the schedule cannot have these numbers."""
+        return build(self.schedule, ranks=self.pp, microbatches=self.microbatch_count)
 
     def _wrong_model(self, heads: int | None, kv_heads: int | None, vocabulary: int | None) -> Iterator[str]:
         for count, what in ((heads, "heads"), (kv_heads, "key-value heads")):
@@ -151,16 +192,18 @@ class Layout:
             )
 
     def _wrong_world(self, world_size: int) -> Iterator[str]:
-        rest = self.cp * self.tp
+        sizes = {"cp": self.cp, "tp": self.tp}
+        rest = self.pp * self.cp * self.tp
         if self.dp is None and world_size % rest:
-            yield f"cp {self.cp} x tp {self.tp} = {rest} does not divide the {world_size} ranks of the job"
+            yield f"{product(pp=self.pp, **sizes)} = {rest} does not divide the {world_size} ranks of the job"
         if self.dp is not None and self.dp * rest != world_size:
-            yield (f"dp {self.dp} x cp {self.cp} x tp {self.tp} = {self.dp * rest} ranks, but the job has {world_size}")
+            whole = product(pp=self.pp, dp=self.dp, **sizes)
+            yield f"{whole} = {self.dp * rest} ranks, but the job has {world_size}"
 
     def mesh(self, comm: Communicator) -> Mesh:
         """The ranks of `comm` on the axes. Raises InvalidArgument where the sizes do not multiply to their number."""
         self.check(world_size=comm.world_size)
-        return Mesh(comm, dp=self.dp, cp=self.cp, tp=self.tp)
+        return Mesh(comm, dp=self.dp, cp=self.cp, tp=self.tp, pp=self.pp)
 
     def spread(
         self,
@@ -170,23 +213,36 @@ class Layout:
         *,
         bucket_bytes: int = 25 * MIB,
         first_bucket_bytes: int = MIB,
-    ) -> DataParallel:
+        first: Sequence[int] | None = None,
+    ) -> DataParallel | Pipeline:
         """`model`, which is changed, on the ranks of mesh(). Collective; every rank gives the same model.
 
-        The order counts: a plan replaces modules, blocks recompute what it made of them, and DataParallel takes its
-        parameters. Raises InvalidArgument as check(), and where the plan does not fit the model.
+        The order counts: a plan replaces modules, blocks recompute what it made of them, and DataParallel, or Pipeline
+        where pp is more than 1, takes its parameters. Raises InvalidArgument as check(), and where the plan does not
+        fit the model.
+
+        Args:
+            first: the first layer of each stage; None: as many layers in each.
         """
         self.check(world_size=mesh.comm.world_size)
         model = parallelize(model, mesh, plan, sequence=self.sequence, context=self.cp_method)
+        options: dict[str, Any] = {
+            "bucket_bytes": bucket_bytes, "first_bucket_bytes": first_bucket_bytes, "zero": self.zero,
+            "precision": self.precision,
+        }  # fmt: skip
+        if self.pp > 1:
+            return Pipeline(
+                model, mesh, self.pipeline_schedule(), first=first, recompute=self.recompute,
+                make_hook=None if self.hook is None else partial(self._make_hook, mesh), **options,
+            )  # fmt: skip
         recompute(model, self.recompute)
-        state: Any = COMMUNICATOR
-        hook: Any = all_reduce_hook
         if self.hook is not None:
-            state, hook = make_hook(self.hook, mesh.group("dp", "cp"))
-        return DataParallel(
-            model, mesh, bucket_bytes=bucket_bytes, first_bucket_bytes=first_bucket_bytes, hook=hook, state=state,
-            zero=self.zero, precision=self.precision,
-        )  # fmt: skip
+            options["state"], options["hook"] = self._make_hook(mesh)
+        return DataParallel(model, mesh, **options)
+
+    def _make_hook(self, mesh: Mesh) -> tuple[Any, Any]:
+        assert self.hook is not None
+        return make_hook(self.hook, mesh.group("dp", "cp"))
 
     def __str__(self) -> str:
         """What is not the default, as "dp 2, tp 2, zero 3"."""

@@ -1,10 +1,11 @@
 """The ranks of a run as a box with named axes, and a communicator for each of its lines and planes.
 
-    dp  data parallel: each sees its own rows of the batch           (outermost)
+    pp  pipeline parallel: each has its own layers                   (outermost: it sends the least)
+    dp  data parallel: each sees its own rows of the batch
     cp  context parallel: each sees its own positions of a sequence
     tp  tensor parallel: each holds its own columns, rows and heads  (innermost: neighbours, one host)
 
-With dp=2, cp=1, tp=2, ranks 0 1 | 2 3: group("tp") of rank 2 is [2, 3], group("dp") is [0, 2].
+With pp=1, dp=2, cp=1, tp=2, ranks 0 1 | 2 3: group("tp") of rank 2 is [2, 3], group("dp") is [0, 2].
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+def product(**sizes: int) -> str:
+    """ "dp 2 x cp 1 x tp 2"; a pipeline is named where there is one."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != "pp" or size > 1)
+
+
 class Mesh:
-    """All ranks of `comm` on the axes dp, cp and tp, of which the last one runs fastest.
+    """All ranks of `comm` on the axes pp, dp, cp and tp, of which the last one runs fastest.
 
     Args:
-        dp: its size; None: what cp and tp leave.
+        dp: its size; None: what the others leave.
 
     Attributes:
         comm: the communicator of all ranks.
@@ -37,24 +43,28 @@ class Mesh:
     Raises InvalidArgument if the sizes do not multiply to the number of ranks.
     """
 
-    AXES: ClassVar[tuple[str, ...]] = ("dp", "cp", "tp")
+    AXES: ClassVar[tuple[str, ...]] = ("pp", "dp", "cp", "tp")
 
-    def __init__(self, comm: Communicator, *, dp: int | None = None, cp: int = 1, tp: int = 1) -> None:
+    def __init__(self, comm: Communicator, *, dp: int | None = None, cp: int = 1, tp: int = 1, pp: int = 1) -> None:
         world_size = comm.world_size
-        for axis, size in (("dp", dp), ("cp", cp), ("tp", tp)):
+        given = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
+        for axis, size in given.items():
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise InvalidArgument(f"Mesh: {axis} is {size!r}, expected a number of ranks, at least 1")
+        rest = pp * cp * tp
         if dp is None:
-            if world_size % (cp * tp):
+            if world_size % rest:
                 raise InvalidArgument(
-                    f"Mesh: cp {cp} x tp {tp} = {cp * tp} does not divide the {world_size} ranks of the communicator"
+                    f"Mesh: {product(pp=pp, cp=cp, tp=tp)} = {rest} does not divide the {world_size} ranks of the "
+                    "communicator"
                 )
-            dp = world_size // (cp * tp)
-        if dp * cp * tp != world_size:
+            dp = world_size // rest
+        if dp * rest != world_size:
             raise InvalidArgument(
-                f"Mesh: dp {dp} x cp {cp} x tp {tp} = {dp * cp * tp} ranks, but the communicator has {world_size}"
+                f"Mesh: {product(pp=pp, dp=dp, cp=cp, tp=tp)} = {dp * rest} ranks, but the communicator has "
+                f"{world_size}"
             )
-        self._build(comm, torch.arange(world_size).view(dp, cp, tp))
+        self._build(comm, torch.arange(world_size).view(pp, dp, cp, tp))
 
     def _build(self, comm: Communicator, ranks: Tensor) -> None:
         self.comm = comm
@@ -66,7 +76,7 @@ class Mesh:
 
     @classmethod
     def from_device_mesh(cls, device_mesh: DeviceMesh, comm: Communicator) -> Mesh:
-        """The same mesh as torch's, whose dimensions are named "dp", "cp" or "tp", in any order.
+        """The same mesh as torch's, whose dimensions are named "pp", "dp", "cp" or "tp", in any order.
 
         `comm`'s ranks are those of torch's world. Raises InvalidArgument for dimensions without a name or with another
         one, and for a mesh that does not hold every rank once.
@@ -114,6 +124,7 @@ class Mesh:
         key = tuple(axis for axis in axes if self._sizes[axis] > 1)
         if key not in self._groups:
             self._groups[key] = self._split(key)
+            self._groups[key].name = self._groups[key].name or "+".join(key)
         return self._groups[key]
 
     def _split(self, axes: tuple[str, ...]) -> Communicator:
@@ -156,5 +167,4 @@ class Mesh:
         self.close()
 
     def __repr__(self) -> str:
-        sizes = " x ".join(f"{axis} {size}" for axis, size in self._sizes.items())
-        return f"Mesh({sizes}, rank {self.comm.rank} at {self.coordinates})"
+        return f"Mesh({product(**self._sizes)}, rank {self.comm.rank} at {self.coordinates})"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ Groups = Iterable[Mapping[str, Any]] | Rule | None
 
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")
 NOT_BY_ELEMENT = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+SCALARS = ("step", "mu_product", "eta", "mu")
+"""States of torch's optimizers that are one number for a parameter, whatever its shape."""
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Shards:
         for index, group in enumerate(described):
             group["params"] = [run.parameter for run in self._runs if run.group == index]
         self.optimizer: torch.optim.Optimizer = kind(described, **options)
+        vars(self.optimizer)["shards"] = self
         self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
         self.optimizer.register_step_pre_hook(self._before_step)
         self.optimizer.register_step_post_hook(self._after_step)
@@ -139,7 +142,27 @@ class Shards:
             run.parameter.grad = None
         self._publish()
 
-    # --- states ---
+    # --- states, piece by piece ---
+    def runs(self, weights: Weights) -> list[tuple[slice, list[int], dict[str, Any]]]:
+        """(place in `weights.master`, members, state as it is) of each tensor that the optimizer takes of this bucket.
+
+        A state is changed in place; its tensors are [the length of the place], or numbers. A place that holds nothing
+        but a gap has the member before it.
+        """
+        base, found = weights.bucket.owned.start, []
+        for run in (run for run in self._runs if run.weights is weights):
+            first, last = base + run.where.start, base + run.where.stop
+            starts = weights.bucket.offsets
+            before = sum(offset <= first for offset in starts) - 1
+            members = list(range(before, sum(offset < last for offset in starts)))
+            found.append((run.where, members, self.optimizer.state[run.parameter]))
+        return found
+
+    def names(self) -> list[list[str]]:
+        """The parameters of each group, in order, those too that this rank owns nothing of."""
+        return [list(names) for names in self._names]
+
+    # --- states, whole ---
     @torch.no_grad()
     def _whole(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """What state_dict() gives instead of this rank's part. Collective."""
@@ -225,3 +248,8 @@ class Shards:
                 flat = part.setdefault(key, torch.zeros_like(run.parameter))
                 flat[target.start - run.where.start : target.stop - run.where.start] = value.flatten()[source]
         return part
+
+
+def shards_of(optimizer: torch.optim.Optimizer) -> Shards | None:
+    """What moves its gradients and states; None for an optimizer over a module's own parameters."""
+    return cast("Shards | None", getattr(optimizer, "shards", None))

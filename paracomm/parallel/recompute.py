@@ -12,7 +12,9 @@ from the place (paracomm.parallel.rng), which is put back for the second run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -27,12 +29,25 @@ from paracomm.parallel.attention import Attention
 Mode = Literal["none", "selective", "full"]
 
 
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, checkpoint() keeps everything, as if it were not there."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """function(*args, **kwargs), of whose work backward keeps the arguments alone and runs it again.
 
     `function` draws random numbers through paracomm.parallel.rng only; what it sends, all ranks send again.
     """
-    if not torch.is_grad_enabled():
+    if _plain.get() or not torch.is_grad_enabled():
         return function(*args, **kwargs)
     place = rng.placed()
 

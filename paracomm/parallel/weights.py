@@ -87,7 +87,7 @@ class Weights:
         hold NaN, and need no memory."""
         full, self.full = self.full, None
         if not self._nothing:
-            nan = torch.full((1,), torch.nan, dtype=self.bucket.dtype, device=self.master.device)
+            nan = torch.full((), torch.nan, dtype=self.bucket.dtype, device=self.master.device)
             self._nothing = [nan.expand(member.shape) for member in self.bucket.members]
         for member, nothing in zip(self.bucket.members, self._nothing, strict=True):
             member.data = nothing
@@ -101,12 +101,13 @@ class Weights:
         if source.data_ptr() != self.master.data_ptr():
             self.master.copy_(source)
 
-    def owned_parts(self) -> list[tuple[int, slice, slice]]:
+    def owned_parts(self, within: slice | None = None) -> list[tuple[int, slice, slice]]:
         """(member, place in the flattened parameter, place in `master`) of each parameter that this rank owns some
-        of."""
+        of, or has some of `within`, a part of what it owns."""
         bucket, found = self.bucket, []
+        edges = bucket.owned if within is None else within
         for slot, (offset, member) in enumerate(zip(bucket.offsets, bucket.members, strict=True)):
-            start, stop = max(offset, bucket.owned.start), min(offset + member.numel(), bucket.owned.stop)
+            start, stop = max(offset, edges.start), min(offset + member.numel(), edges.stop)
             if start < stop:
                 base = bucket.owned.start
                 found.append((slot, slice(start - offset, stop - offset), slice(start - base, stop - base)))

@@ -98,6 +98,10 @@ def read_schedule(
         owner: dict[int, int] = {}
         for rank, action in everything:
             owner.setdefault(action.stage, rank)
+        if max(owner, default=0) >= len(everything):
+            raise InvalidArgument(
+                f"pipeline: stage {max(owner)} in a schedule of {len(everything)} actions, a typing error?"
+            )
         placement = [owner.get(stage, 0) for stage in range(max(owner, default=-1) + 1)]
     if microbatches is None:
         microbatches = max((action.microbatch for _, action in everything), default=-1) + 1

@@ -44,16 +44,19 @@ class TrainConfig:
     eval_every: int = 500
     eval_windows: int = 192
     checkpoint_every: int = 500
+    checkpoint: Path | None = None
     resume: bool = False
     bucket_mib: float = 2.0
     reducer: str = "paracomm"
     backend: str = "gloo"
     prompt: str = "def "
     sample_bytes: int = 400
+    trace: Path | None = None
+    trace_steps: int = 3
 
     def __post_init__(self) -> None:
         least_one = ("steps", "batch", "accumulate", "log_every", "eval_every", "eval_windows", "checkpoint_every")
-        for name in least_one:
+        for name in (*least_one, "trace_steps"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"train: {name} is {getattr(self, name)}, expected at least 1")
         for name in ("lr", "clip", "bucket_mib"):
@@ -72,12 +75,21 @@ class TrainConfig:
             raise InvalidArgument(f"train: name is '{self.name}', expected a plain folder name")
         if not self.prompt:
             raise InvalidArgument("train: the prompt is empty, expected at least one byte")
+        if self.trace is not None and self.reducer == "ddp":
+            raise InvalidArgument(
+                "train: trace with reducer ddp: DistributedDataParallel waits inside of backward and does not say how "
+                "long; use torch.profiler, or reducer paracomm"
+            )
         self._check_layout()
 
     def _check_layout(self) -> None:
         shape, layout = self.model, self.layout
         layout.check(
-            heads=shape.heads, kv_heads=shape.key_value_heads, vocabulary=shape.vocabulary, length=shape.context
+            heads=shape.heads,
+            kv_heads=shape.key_value_heads,
+            vocabulary=shape.vocabulary,
+            length=shape.context,
+            layers=shape.depth + 2,
         )
         if layout.dp is not None:
             self.share(layout.dp)
@@ -93,8 +105,13 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        """Where metrics and checkpoints of this run lie."""
+        """Where metrics of this run lie."""
         return self.runs / self.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints lie: `checkpoint`, or else beside the metrics."""
+        return self.folder / "checkpoints" if self.checkpoint is None else self.checkpoint
 
     def share(self, dp: int) -> int:
         """Sequences that one of `dp` ranks sees in one backward pass."""
@@ -104,7 +121,9 @@ class TrainConfig:
                 f"train: a batch of {self.batch} sequences does not divide by {dp} ranks of dp x "
                 f"{self.accumulate} accumulation steps"
             )
-        return self.batch // parts
+        rows = self.batch // parts
+        self.layout.check(rows=rows)
+        return rows
 
     def described(self) -> dict[str, Any]:
         """As JSON takes it."""

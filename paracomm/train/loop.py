@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,18 @@ from torch import Tensor, nn
 from paracomm import kernels
 from paracomm.errors import Error, InvalidArgument, Mismatch
 from paracomm.models.gpt import GPT
+from paracomm.parallel import Pipeline
 from paracomm.parallel.bucket import MIB
 from paracomm.parallel.loss import IGNORED
 from paracomm.parallel.rng import Place, at
-from paracomm.train.checkpoint import list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from paracomm.timeline import span
+from paracomm.train.checkpoint import Checkpointer, list_checkpoints, read_state
 from paracomm.train.config import DTYPES, TrainConfig
 from paracomm.train.data import Corpus, batch, evaluation_batches, load_corpus
 from paracomm.train.metrics import Display, MetricLog
-from paracomm.train.replicas import Replicas, open_replicas, use_one_thread
-from paracomm.train.whole import load_whole_state, whole_state
+from paracomm.train.replicas import MeshReplicas, Replicas, open_replicas, use_one_thread
+from paracomm.train.trace import Tracer
+from paracomm.train.whole import whole_weights
 
 FINAL_LR_SHARE = 0.1
 
@@ -41,9 +43,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Trainer:
     """Model, optimizer and data of one rank; `backward` and `update` make one step. Everything is collective."""
 
-    def __init__(
-        self, config: TrainConfig, replicas: Replicas, corpus: Corpus, resume_from: Path | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, replicas: Replicas, corpus: Corpus) -> None:
         self.config = config
         self.replicas = replicas
         self.corpus = corpus
@@ -51,19 +51,17 @@ class Trainer:
         self._positions = replicas.positions(config.model.context)
         model = GPT(config.model, seed=config.seed).to(DTYPES[config.dtype])
         self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
-        saved = None if resume_from is None else load_checkpoint(resume_from, model)
-        self.replicated = replicas.replicate(model, int(config.bucket_mib * MIB))
-        self.model = cast("GPT", self.replicated.module)
+        self.replicated = replicas.replicate(model, int(config.bucket_mib * MIB), self._share)
+        self.model = self.replicated if isinstance(self.replicated, Pipeline) else self.replicated.module
         self.optimizer = self.replicated.optimizer(
             torch.optim.AdamW, _groups(self.model, config), lr=config.lr, betas=(0.9, 0.95), fused=True
         )
-        if saved is not None:
-            load_whole_state(self.replicated, self.optimizer, saved)
 
     def backward(self, step: int) -> Tensor:
         """Gradients of `step`'s global batch, reduced; returns this rank's share of the loss, in nats.
 
-        The mean over all ranks is the loss: each has equally many positions.
+        The mean over all ranks is the loss: each has equally many positions, and of a pipeline the last rank counts for
+        all of them.
         """
         config, (index, parts) = self.config, self.replicas.part
         inputs, targets = batch(
@@ -80,29 +78,35 @@ class Trainer:
         for turn, (x_BT, y_BT) in enumerate(zip(inputs.split(self._share), targets.split(self._share), strict=True)):
             last = turn == config.accumulate - 1
             place = self._place(step, (index * config.accumulate + turn) * self._share, len(x_BT))
-            with at(place), nullcontext() if last else self.replicated.no_sync():
-                nats, count = self._nats(self.replicated, x_BT, y_BT)
-                loss = nats / (count * config.accumulate)
-                loss.backward()
-            total += loss.detach()
+            with at(place):
+                total += self._turn(x_BT[:, self._positions], y_BT[:, self._positions], turn, last)
         self.replicated.finish()
         return total
+
+    def _turn(self, x_BT: Tensor, y_BT: Tensor, turn: int, last: bool) -> Tensor:
+        replicated, divisor = self.replicated, y_BT.numel() * self.config.accumulate
+        if isinstance(replicated, Pipeline):
+            batch = {"tokens": x_BT, "targets": y_BT}
+            return replicated.forward_backward(batch, divisor=divisor, more=not last) * self.config.layout.pp
+        with nullcontext() if last else replicated.no_sync():
+            with span("compute", "forward", turn=turn):
+                nats, _ = replicated(x_BT, y_BT)
+                loss = nats / divisor
+            with span("compute", "backward", turn=turn):
+                loss.backward()
+        return cast("Tensor", loss.detach())
 
     def _place(self, step: int, first_row: int, rows: int) -> Place:
         return Place(self.config.seed, step, torch.arange(first_row, first_row + rows), self._positions)
 
-    def _nats(self, model: Callable[..., Any], x_BT: Tensor, y_BT: Tensor) -> tuple[Tensor, int]:
-        """The sum over this rank's positions, and how many these are, fillers included."""
-        x_BT, y_BT = x_BT[:, self._positions], y_BT[:, self._positions]
-        nats, _ = model(x_BT, y_BT)
-        return nats, y_BT.numel()
-
     def update(self, step: int) -> float:
         """Clips, steps the optimizer, and returns the gradients' global norm before clipping."""
-        norm = self.replicated.clip_(self.config.clip)
+        with span("compute", "clip"):
+            norm = self.replicated.clip_(self.config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        self.optimizer.step()
+        with span("compute", "optimizer"):
+            self.optimizer.step()
         return norm
 
     @torch.no_grad()
@@ -119,20 +123,37 @@ class Trainer:
             rank=index,
             world_size=parts,
         ):
-            with at(self._place(0, 0, len(x_BT))):
-                nats, _ = self._nats(self.model, x_BT, y_BT)
-            sums[0] += nats
-            sums[1] += (y_BT[:, self._positions] != IGNORED).sum()
+            for nats, count in self._evaluated(x_BT[:, self._positions], y_BT[:, self._positions]):
+                sums += torch.stack([nats.double(), count.double()])
         self.model.train()
         self.replicas.sum(sums)
         return float(sums[0] / sums[1]) / math.log(2)
 
+    def _evaluated(self, x_BT: Tensor, y_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(sum of the nats, targets that count) of this rank's windows; of a pipeline the last rank has them."""
+        if not isinstance(self.replicated, Pipeline):
+            with at(self._place(0, 0, len(x_BT))):
+                return [self.model(x_BT, y_BT)]
+        missing = -len(x_BT) % self.config.layout.microbatch_count
+        x_BT = torch.cat([x_BT, x_BT[:1].expand(missing, -1)])
+        y_BT = torch.cat([y_BT, torch.full((missing, y_BT.shape[1]), IGNORED)])
+        with at(self._place(0, 0, len(x_BT))):
+            return [(nats, count) for nats, count in self.replicated({"tokens": x_BT, "targets": y_BT})]
+
     def sample(self) -> bytes:
         """The prompt and what follows, on rank 0; b"" elsewhere, unless ranks have to write together."""
-        layout = self.config.layout
-        if self.replicas.rank and layout.tp == 1 and layout.zero < 3:
+        config, layout = self.config, self.config.layout
+        if layout.pp > 1:
+            weights = whole_weights(self.replicated)
+            if self.replicas.rank:
+                return b""
+            model = GPT(config.model).to(next(iter(weights.values())).dtype)
+            model.load_state_dict(weights, strict=False)  # a tied head has no name of its own
+        elif self.replicas.rank and layout.tp == 1 and layout.zero < 3:
             return b""
-        return self.model.generate(self.config.prompt.encode(), self.config.sample_bytes, seed=self.config.seed)
+        else:
+            model = cast("GPT", self.model)
+        return model.generate(config.prompt.encode(), config.sample_bytes, seed=config.seed)
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -197,33 +218,60 @@ def _train(config: TrainConfig, replicas: Replicas) -> Result:
     _expect_same(replicas, int(corpus.digest[:12], 16), f"the text under '{corpus.source}'")
     checkpoint = _checkpoint_to_resume(config, corpus)
     first_step = 0 if checkpoint is None else read_state(checkpoint)["step"]
-    _expect_same(replicas, first_step, f"the last checkpoint in '{config.folder}'")
-    trainer = Trainer(config, replicas, corpus, checkpoint)
+    _expect_same(replicas, first_step, f"the last checkpoint in '{config.checkpoints}'")
+    trainer = Trainer(config, replicas, corpus)
+    with Checkpointer(
+        config.checkpoints, trainer.replicated, trainer.optimizer, ranks=replicas.beside()
+    ) as checkpoints:
+        if checkpoint is not None:
+            checkpoints.load(checkpoint)
+        return _run(trainer, checkpoints, first_step)
+
+
+def _run(trainer: Trainer, checkpoints: Checkpointer, first_step: int) -> Result:
+    config, replicas = trainer.config, trainer.replicas
     log: MetricLog | None = None
-    with Display(config.steps, first_step, rank=replicas.rank) as display:
+    with (
+        Display(config.steps, first_step, rank=replicas.rank) as display,
+        _tracer(trainer, display, first_step) as tracer,
+    ):
         if replicas.rank == 0:
-            if checkpoint is None:
+            if not config.resume:
                 _move_aside(config.folder)
+                if list_checkpoints(config.checkpoints):
+                    _move_aside(config.checkpoints)
             log = MetricLog(config.folder, first_step)
             (config.folder / "config.json").write_text(json.dumps(config.described(), indent=1) + "\n")
         _introduce(display, trainer, first_step, log)
         try:
-            held_out_bits = _steps(trainer, display, log, first_step)
+            held_out_bits = _steps(trainer, display, log, checkpoints, first_step, tracer)
+            checkpoints.wait()
         finally:
             if log is not None:
                 log.close()
     return _conclude(trainer, display, held_out_bits)
 
 
-def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step: int) -> float:
+def _tracer(trainer: Trainer, display: Display, first_step: int) -> Tracer:
+    config, replicas = trainer.config, trainer.replicas
+    comm = replicas.comm if isinstance(replicas, MeshReplicas) else None
+    return Tracer(config.trace, config.trace_steps, first_step, config.steps, comm, display.say)
+
+
+def _steps(
+    trainer: Trainer, display: Display, log: MetricLog | None, checkpoints: Checkpointer, first_step: int,
+    tracer: Tracer,
+) -> float:  # fmt: skip
     """All steps from `first_step`; returns the last evaluation."""
     config, held_out_bits = trainer.config, math.nan
     window = Window()
     for step in range(first_step, config.steps):
-        start, blocked = time.perf_counter(), trainer.replicated.blocked_s or 0.0
-        window.loss += float(trainer.backward(step))
-        norm = trainer.update(step)
-        window.seconds += time.perf_counter() - start
+        blocked = trainer.replicated.blocked_s or 0.0
+        with tracer.step(step):
+            start = time.perf_counter()
+            window.loss += float(trainer.backward(step))
+            norm = trainer.update(step)
+            window.seconds += time.perf_counter() - start
         window.blocked_s += (trainer.replicated.blocked_s or 0.0) - blocked
         window.steps += 1
         done, last = step + 1, step + 1 == config.steps
@@ -242,24 +290,17 @@ def _steps(trainer: Trainer, display: Display, log: MetricLog | None, first_step
             if log is not None:
                 log.write(done, {"held_out_bits_per_byte": held_out_bits})
         if done % config.checkpoint_every == 0 or last:
-            _save(trainer, done)
+            layout = {"ranks": trainer.replicas.world_size, "layout": str(config.layout)}
+            checkpoints.save(done, {"config": config.described(), "corpus": trainer.corpus.digest, **layout})
     return held_out_bits if first_step < config.steps else trainer.evaluate()
-
-
-def _save(trainer: Trainer, step: int) -> None:
-    weights, optimizer = whole_state(trainer.replicated, trainer.optimizer)
-    if trainer.replicas.rank == 0:
-        state = {"config": trainer.config.described(), "corpus": trainer.corpus.digest}
-        save_checkpoint(trainer.config.folder / "checkpoints", step, weights, optimizer, state)
-    trainer.replicas.barrier()
 
 
 def _checkpoint_to_resume(config: TrainConfig, corpus: Corpus) -> Path | None:
     if not config.resume:
         return None
-    checkpoints = list_checkpoints(config.folder / "checkpoints")
+    checkpoints = list_checkpoints(config.checkpoints)
     if not checkpoints:
-        raise InvalidArgument(f"train: nothing to resume from in '{config.folder / 'checkpoints'}'")
+        raise InvalidArgument(f"train: nothing to resume from in '{config.checkpoints}'")
     state = read_state(checkpoints[-1])
     wanted = config.described()
     decisive = ("model", "batch", "accumulate", "seed", "dtype")

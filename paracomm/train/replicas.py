@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paracomm
 from paracomm.errors import InvalidArgument
-from paracomm.parallel import DataParallel, Layout
+from paracomm.parallel import DataParallel, Layout, Pipeline
 from paracomm.parallel.bucket import MIB
 from paracomm.parallel.context import context_positions
+from paracomm.parallel.cost import measured_cut
+from paracomm.parallel.pipeline import layers_of
+from paracomm.parallel.rng import Place, at
+from paracomm.train.storage import Alone, Ranks
 
 
 class MeshReplicas:
@@ -36,15 +40,33 @@ class MeshReplicas:
         """This rank's of a sequence, int64."""
         return context_positions(length, self.mesh.size("cp"), self.mesh.index("cp"))
 
-    def replicate(self, model: nn.Module, bucket_bytes: int) -> DataParallel:
-        """`model` by the layout; the first bucket is at most a quarter of the others."""
-        first = max(1, min(MIB, bucket_bytes // 4))
-        return self.layout.spread(model, self.mesh, bucket_bytes=bucket_bytes, first_bucket_bytes=first)
+    def replicate(self, model: nn.Module, bucket_bytes: int, rows: int) -> DataParallel | Pipeline:
+        """`model` by the layout; the first bucket is at most a quarter of the others.
+
+        Stages of a pipeline are cut by what layers cost on rank 0, on microbatches of a batch of `rows`.
+        """
+        first_bytes = max(1, min(MIB, bucket_bytes // 4))
+        first = self._cut(model, rows // self.layout.microbatch_count) if self.layout.pp > 1 else None
+        return self.layout.spread(
+            model, self.mesh, bucket_bytes=bucket_bytes, first_bucket_bytes=first_bytes, first=first
+        )
+
+    def _cut(self, model: Any, rows: int) -> list[int]:
+        length = model.config.context
+        batch = {name: torch.zeros(rows, length, dtype=torch.int64) for name in ("tokens", "targets")}
+        with at(Place(0, 0, torch.arange(rows), torch.arange(length))):
+            return measured_cut(layers_of(model), batch, self.layout.pipeline_schedule(), self.comm)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over all ranks, in place."""
         self.comm.all_reduce(x, op="sum")
         return x
+
+    def beside(self) -> Ranks:
+        """The same ranks once more, for another thread. Collective; whoever asks closes it."""
+        twin = self.comm.split(0)
+        assert twin is not None
+        return cast("Ranks", twin)
 
     def barrier(self) -> None:
         self.comm.barrier()
@@ -79,6 +101,24 @@ class TorchReplica:
         return float(nn.utils.clip_grad_norm_(self.module.parameters(), max_norm))
 
 
+class TorchRanks:
+    """All ranks of torch.distributed, as checkpoints talk through them: a Gloo group of its own."""
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo")
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def exchange(self, blob: bytes) -> list[bytes]:
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, blob, group=self._group)
+        return everyone
+
+    def close(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+
 class TorchReplicas:
     """Ranks of torch.distributed under DistributedDataParallel, on any backend it knows.
 
@@ -100,7 +140,7 @@ class TorchReplicas:
     def positions(self, length: int) -> Tensor:
         return torch.arange(length)
 
-    def replicate(self, model: nn.Module, bucket_bytes: int) -> TorchReplica:
+    def replicate(self, model: nn.Module, bucket_bytes: int, rows: int) -> TorchReplica:
         """`model`, under DDP with gradients as views into its buckets."""
         if not self.ddp:
             return TorchReplica(model, None)
@@ -113,6 +153,10 @@ class TorchReplicas:
             dist.all_reduce(x)
         return x
 
+    def beside(self) -> Ranks:
+        """The same ranks once more, for another thread. Collective; whoever asks closes it."""
+        return TorchRanks() if self.ddp else Alone()
+
     def barrier(self) -> None:
         if self.ddp:
             dist.barrier()
@@ -122,7 +166,7 @@ class TorchReplicas:
             dist.destroy_process_group()
 
 
-Replica: TypeAlias = DataParallel | TorchReplica
+Replica: TypeAlias = DataParallel | Pipeline | TorchReplica
 Replicas: TypeAlias = MeshReplicas | TorchReplicas
 
 

@@ -9,6 +9,7 @@
 namespace paracomm {
 namespace {
 
+constexpr int kLooksBeside = 400;  // of the thread that moves messages while the others compute: they need its core
 constexpr size_t kSlice = 128 * 1024;  // a ring of MemoryOptions::ring_per_peer holds several
 constexpr double kFarewell_s = 0.5;    // over TCP, the last messages of a rank may come after the news that it left
 
@@ -123,6 +124,7 @@ bool PointToPoint::advance_send(int peer, Transfer& t) {
       // The queue is full: what was reserved goes back, and meanwhile others, above all receives, must get on.
       if (!endpoint.try_send(peer, t.signature, staged, n, t.last_index)) return moved;
     }
+    if (!t.started) t.work->begin();
     t.moved += n;
     t.started = moved = true;
   }
@@ -137,6 +139,7 @@ bool PointToPoint::advance_recv(int peer, Transfer& t) {
     const size_t n = std::min(kSlice, t.nbytes - t.moved);
     const std::byte* bytes = endpoint.try_recv(peer, t.signature, n, t.data + t.moved);
     if (bytes == nullptr) return false;
+    if (!t.started && t.work) t.work->begin();
     void* dst = t.data + t.moved;
     if (n > 0) copy_bytes(&dst, 1, bytes, n);
     endpoint.release(peer);
@@ -258,7 +261,8 @@ void PointToPoint::fail_all(const Error& error) {
 void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) {
   driving_ = true;
   int looks = 0;
-  while (until != nullptr ? !until->done() : (!idle() && !stopping_)) {
+  const int patience = until != nullptr ? patience_.looks : std::min(patience_.looks, kLooksBeside);
+  while (until != nullptr ? !until->done() : (!idle() && !stopping_ && waiting_ == 0)) {
     bool over = true;  // it failed or was closed before: nobody needs to hear of that from here
     try {
       comm_.check();
@@ -266,7 +270,7 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
       if (round()) {
         looks = 0;
         changed_.notify_all();
-      } else if (++looks < patience_.looks) {
+      } else if (++looks < patience) {
         lock.unlock();
         if (looks % 16 == 0) sched_yield();
         lock.lock();
@@ -310,18 +314,27 @@ void PointToPoint::finish(Work& work, double timeout_s) {
     t.deadline = deadline;
     t.timeout_s = timeout_s;
   });
-  while (!work.done()) {
-    if (!driving_)
-      drive(lock, &work);
-    else
-      changed_.wait_for(lock, std::chrono::milliseconds(100));
+  ++waiting_;
+  try {
+    while (!work.done()) {
+      if (!driving_)
+        drive(lock, &work);
+      else
+        changed_.wait_for(lock, std::chrono::milliseconds(100));
+    }
+  } catch (...) {
+    --waiting_;
+    changed_.notify_all();
+    throw;
   }
+  --waiting_;
+  changed_.notify_all();
 }
 
 void PointToPoint::serve() {
   std::unique_lock lock(mutex_);
   while (!stopping_) {
-    if (!driving_ && !idle())
+    if (!driving_ && waiting_ == 0 && !idle())
       drive(lock, nullptr);
     else
       changed_.wait(lock);

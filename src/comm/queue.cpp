@@ -61,6 +61,7 @@ void CollectiveQueue::run_front(std::unique_lock<std::mutex>& lock) {
   items_.pop_front();
   running_ = true;
   lock.unlock();
+  item.work->begin();
   std::exception_ptr error;
   try {
     comm_.run_job(item.job);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
+#include <cstdint>
 #include <exception>
 #include <memory>
 
@@ -37,15 +39,28 @@ class Work {
   int source() const noexcept { return done() ? source_ : -1; }
   void set_source(int rank) noexcept { source_ = rank; }
 
+  /// When it began to run (a message: to move) and when it was complete, nanoseconds of steady_clock; 0 before that.
+  int64_t began_ns() const noexcept { return done() ? began_ns_ : 0; }
+  int64_t ended_ns() const noexcept { return done() ? ended_ns_ : 0; }
+
+  /// Called once, by the thread that runs it.
+  void begin() noexcept { began_ns_ = now_ns(); }
   void complete(std::exception_ptr error = nullptr) noexcept {
     error_ = std::move(error);
+    ended_ns_ = now_ns();
+    if (began_ns_ == 0) began_ns_ = ended_ns_;
     done_.store(true, std::memory_order_release);
   }
 
  private:
+  static int64_t now_ns() noexcept {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+  }
+
   std::shared_ptr<Runner> runner_;
   std::atomic<bool> done_{false};
   std::exception_ptr error_;
+  int64_t began_ns_ = 0, ended_ns_ = 0;
   int source_ = -1;
 };
 

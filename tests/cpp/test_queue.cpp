@@ -76,6 +76,42 @@ void test_order(const std::vector<World>& worlds, int n) {
   });
 }
 
+/// An operation begins when the one before it has ended, whoever runs it; times are steady_clock's.
+void test_times(const std::vector<World>& worlds) {
+  const auto now_ns = [] {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+  };
+  Group group(worlds, 2);
+  run_threads(2, [&](int rank) {
+    std::vector<int32_t> x(100, 1);
+    std::vector<std::shared_ptr<Work>> works;
+    int64_t before = now_ns();
+    if (rank == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    const int64_t late = now_ns();
+    for (int i = 0; i < 8; ++i) works.push_back(group[rank].submit(group.sum(x)));
+    if (rank == 0)
+      works.back()->wait();
+    else
+      while (!works.back()->done()) std::this_thread::yield();
+    if (rank == 1) CHECK(works[0]->began_ns() >= late);
+    for (const auto& work : works) {
+      CHECK(before <= work->began_ns() && work->began_ns() <= work->ended_ns());
+      before = work->ended_ns();
+    }
+    CHECK(before <= now_ns());
+    const auto sent = rank == 0 ? group[0].send(x.data(), 400, DType::int32, 1, -1) : nullptr;
+    const auto received = rank == 1 ? group[1].recv(x.data(), 400, DType::int32, 0, -1) : nullptr;
+    Work& message = *(rank == 0 ? sent : received);
+    message.wait();
+    CHECK(before <= message.began_ns() && message.began_ns() <= message.ended_ns() && message.ended_ns() <= now_ns());
+    group[rank].run(group.barrier());
+  });
+  std::vector<int32_t> x(100, 1);
+  const auto alone = group[0].submit(group.sum(x));
+  CHECK_EQ(alone->began_ns() + alone->ended_ns(), int64_t{0});  // the other rank has not come
+  group.drop(0);
+}
+
 /// Several threads a rank wait for works of their own, in any order, while the main one runs collectives in between.
 void test_many_waiters(const std::vector<World>& worlds) {
   constexpr int kWorks = 60;
@@ -197,6 +233,7 @@ void test_closed() {
 int main() {
   const std::vector<World> worlds = load_worlds();
   for (const int n : {2, 3, 8}) test_order(worlds, n);
+  test_times(worlds);
   test_many_waiters(worlds);
   test_plans_outlive_the_cache(worlds);
   test_wait_limits_no_later_operation(worlds);

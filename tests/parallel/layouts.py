@@ -36,8 +36,8 @@ class Variant:
         return Decoder(self.config, SEED)
 
 
-def decoder(width: int, heads: int, T: int, **options: Any) -> Variant:
-    return Variant(DecoderConfig(width, 2, heads, T, 0.1, VOCABULARY, **options))
+def decoder(width: int, heads: int, T: int, depth: int = 2, **options: Any) -> Variant:
+    return Variant(DecoderConfig(width, depth, heads, T, 0.1, VOCABULARY, **options))
 
 
 def seq2seq(width: int, heads: int, T: int, S: int, **options: Any) -> Variant:
@@ -52,13 +52,14 @@ VARIANTS = {
     "five": decoder(20, 5, 20, mlp="swiglu"),
     "seven": decoder(28, 7, 14, **LLAMA),
     "eight": decoder(16, 8, 16, bias=True),
+    "deep": decoder(24, 4, 12, 6, kv_heads=2, **LLAMA),
     "seq2seq": seq2seq(24, 4, 16, 8, bias=True),
     "translator": seq2seq(24, 4, 16, 16, kv_heads=2, **LLAMA),
 }
 
 
 # --- layouts ---
-FEATURES = ("hook", "ZeRO", "tp", "sequence", "cp", "recompute", "bfloat16", "accumulation", "clip")
+FEATURES = ("pp", "hook", "ZeRO", "tp", "sequence", "cp", "recompute", "bfloat16", "accumulation", "clip")
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,23 @@ class Case:
     chunks: int | None = None
     overlap: bool = True
     bucket_bytes: int = BUCKET_BYTES
+    pp: int = 1
+    schedule: str = "1f1b"
+    microbatches: int | None = None
     quick: bool = False
 
     @property
     def world(self) -> int:
-        return self.dp * self.cp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
     @property
     def name(self) -> str:
-        sizes = [f"{axis}{size}" for axis in ("dp", "cp", "tp") if (size := getattr(self, axis)) > 1]
+        sizes = [f"{axis}{size}" for axis in ("pp", "dp", "cp", "tp") if (size := getattr(self, axis)) > 1]
         parts = [
             self.variant,
             *sizes,
+            self.schedule * (self.pp > 1),
+            f"microbatches{self.microbatches}" * (self.microbatches is not None),
             "sequence" * self.sequence,
             f"zero{self.zero}" * (self.zero > 0),
             self.context * (self.context != "ring"),
@@ -109,12 +115,14 @@ class Case:
         """What users name; check() must take it."""
         return Layout(
             dp=self.dp, cp=self.cp, tp=self.tp, zero=self.zero, sequence=self.sequence, cp_method=self.context,
-            hook=self.hook, recompute=self.recompute, precision=self.precision,
+            hook=self.hook, recompute=self.recompute, precision=self.precision, pp=self.pp, schedule=self.schedule,
+            microbatches=self.microbatches,
         )  # fmt: skip
 
     @property
     def features(self) -> frozenset[str]:
         has = {
+            "pp": self.pp > 1,
             "hook": self.hook is not None,
             "ZeRO": self.zero > 0,
             "tp": self.tp > 1,
@@ -188,6 +196,45 @@ CASES = [
     Case("gpt", dp=2, cp=2, tp=2, zero=3, sequence=True, recompute="full"),
     Case("eight", cp=8),
     Case("seq2seq", dp=2, cp=2, tp=2, zero=3, sequence=True),
+    # pipelines: each schedule, then with everything else
+    Case("gpt", pp=2, schedule="gpipe"),
+    Case("gpt", pp=2, quick=True),
+    Case("gpt", pp=2, schedule="interleaved"),
+    Case("gpt", pp=2, schedule="zb-h1", zero=1),
+    Case("mixed", pp=2, schedule="zbv", quick=True),
+    Case("gpt", pp=2, schedule="dualpipev", microbatches=8),
+    Case("llama", pp=2, microbatches=1),
+    Case("llama", pp=2, accumulate=2, recompute="full"),
+    Case("llama", pp=2, schedule="zb-h1", accumulate=2, recompute="full"),
+    Case("mixed", pp=2, schedule="zb-h1", recompute="selective"),
+    Case("seq2seq", pp=2, schedule="zbv"),
+    Case("translator", pp=2, schedule="interleaved", accumulate=2),
+    Case("deep", pp=3, microbatches=4),
+    Case("deep", pp=3, schedule="zb-h1", microbatches=8),
+    Case("seq2seq", pp=3, schedule="gpipe", microbatches=2),
+    Case("deep", pp=4, schedule="interleaved", microbatches=8),
+    Case("deep", pp=4, schedule="zbv", microbatches=8, recompute="full"),
+    Case("deep", pp=4, schedule="dualpipev", microbatches=8),
+    Case("gpt", pp=2, dp=2, zero=1, quick=True),
+    Case("gpt", pp=2, dp=2, schedule="gpipe", zero=2),
+    Case("gpt", pp=2, dp=2, schedule="interleaved", zero=2, accumulate=2, microbatches=2),
+    Case("llama", pp=2, dp=2, schedule="zb-h1", zero=3),
+    Case("gpt", pp=2, dp=2, schedule="zbv", zero=3, recompute="full"),
+    Case("llama", pp=2, tp=2, schedule="zb-h1", quick=True),
+    Case("gpt", pp=2, tp=2, schedule="1f1b", sequence=True),
+    Case("gpt", pp=2, tp=2, schedule="dualpipev", sequence=True, microbatches=4),
+    Case("llama", pp=2, cp=2, schedule="zbv"),
+    Case("gpt", pp=2, cp=2, context="ulysses", recompute="selective"),
+    Case("seq2seq", pp=2, tp=2, schedule="interleaved", sequence=True),
+    Case("seq2seq", pp=2, cp=2, schedule="zb-h1", zero=2),
+    Case("deep", pp=4, dp=2, schedule="1f1b", zero=2, microbatches=4),
+    Case("deep", pp=4, tp=2, schedule="zbv", sequence=True, microbatches=8),
+    Case("deep", pp=8, microbatches=8),
+    Case("gpt", pp=2, dp=2, tp=2, schedule="zb-h1", zero=3, sequence=True),
+    Case("llama", pp=2, dp=2, cp=2, schedule="interleaved", zero=2),
+    Case("gpt", pp=2, cp=2, tp=2, schedule="dualpipev", sequence=True, recompute="full"),
+    Case("translator", pp=2, dp=2, tp=2, schedule="zbv", zero=1),
+    Case("deep", pp=6, microbatches=4),
 ]
 
 PROBES = [
@@ -210,6 +257,11 @@ PROBES = [
     Case("translator", dp=2, cp=2, hook="int8", accumulate=2),
     Case("gpt", dp=2, tp=2, precision="bfloat16", sequence=True, zero=3, quick=True),
     Case("llama", dp=2, cp=2, precision="bfloat16", zero=3, accumulate=2),
+    Case("gpt", pp=2, precision="bfloat16", quick=True),
+    Case("llama", pp=2, schedule="zbv", precision="bfloat16", recompute="full"),
+    Case("gpt", pp=2, dp=2, schedule="zb-h1", precision="bfloat16", zero=2),
+    Case("gpt", pp=2, dp=2, hook="int8"),
+    Case("gpt", pp=2, dp=2, schedule="zbv", hook="int8", zero=1),
 ]
 
 
@@ -227,6 +279,10 @@ REFUSALS = [
     Refusal({"hook": "int8", "zero": 2}, "under ZeRO 2 a rank receives its own block only", ("hook", "ZeRO")),
     Refusal({"hook": "int8", "zero": 3}, "under ZeRO 3 a rank receives its own block only", ("hook", "ZeRO")),
     Refusal({"sequence": True}, "sequence with tp 1", ("tp", "sequence")),
+    Refusal({"schedule": "zbv"}, "they are a pipeline's"),
+    Refusal({"microbatches": 4}, "they are a pipeline's"),
+    Refusal({"pp": 4, "schedule": "zbv"}, "8 stages, more than the 6 layers", facts={"layers": 6}),
+    Refusal({"pp": 2}, "4 microbatches do not divide the 6 samples", facts={"rows": 6}),
     Refusal({"hook": "local_sgd"}, "averages models between steps"),
     Refusal({"tp": 3}, "tp 3 does not divide the 4 heads", facts={"heads": 4}),
     Refusal({"tp": 4}, "tp 4 does not divide the 2 key-value heads", facts={"heads": 4, "kv_heads": 2}),

@@ -15,6 +15,7 @@ from ranks import Rank, run_ranks
 from paracomm import hooks
 from paracomm.errors import InvalidArgument
 from paracomm.parallel import Layout, Mesh
+from paracomm.pipeline import SCHEDULES
 from tests.parallel.layouts import (
     CASES,
     FEATURES,
@@ -119,6 +120,33 @@ def test_stages_buckets_and_overlap_give_the_same_bits(case: Case) -> None:
     assert len({digest for found in everyones for digest in found}) == 1, everyones
 
 
+SCHEDULED = [
+    Case("gpt", pp=2, quick=True),
+    Case("seq2seq", pp=2, precision="bfloat16"),
+    Case("llama", pp=2, dp=2, zero=3, microbatches=4),
+    Case("deep", pp=4, tp=2, sequence=True, recompute="full", microbatches=8),
+]
+
+
+def digests_by_schedule(rank: Rank, case: Case) -> dict[str, str]:
+    comm = rank.connect()
+    found = {}
+    for name in SCHEDULES:
+        trainer = Trainer(comm, replace(case, schedule=name), torch.float32, torch.optim.AdamW, **ADAMW)
+        found[name] = digest(trainer, 5)
+        trainer.close()
+    return found
+
+
+@pytest.mark.parametrize("case", split(SCHEDULED))
+def test_schedules_give_the_same_bits(case: Case) -> None:
+    """Those of one stage a rank, and those of two, whose cuts differ."""
+    for found in run_ranks(case.world, digests_by_schedule, case, timeout_s=LIMIT_S):
+        assert found.keys() == SCHEDULES.keys()
+        for each in (1, 2):
+            assert len({found[name] for name, kind in SCHEDULES.items() if kind.stages_per_rank[2] == each}) == 1, found
+
+
 @pytest.mark.slow
 def test_stages_give_the_same_bits_in_bfloat16() -> None:
     everyones = run_ranks(4, digests, MESHES[0], torch.float32, "bfloat16", timeout_s=LIMIT_S)
@@ -160,7 +188,7 @@ def every_hook(rank: Rank) -> dict[str, set[str]]:
         trainer = Trainer(comm, Case("gpt", dp=2, tp=2, hook=name), torch.float32, torch.optim.AdamW, **ADAMW)
         for step in range(3):
             trainer.step(step)
-        assert trainer.state.steps == 3
+        assert [state.steps for state in trainer.states] == [3]
         found[name] = {blob.decode() for blob in comm.exchange(bits(trainer.weights()).encode())}
         trainer.close()
     return found
@@ -183,7 +211,7 @@ def test_a_refusal_names_its_reason(refusal: Refusal) -> None:
 
 
 def test_all_that_is_tested_is_accepted_and_walked() -> None:
-    assert all(len(pair) == 2 and set(pair) <= set(FEATURES) for pair in pairs()) and len(pairs()) == 36
+    assert all(len(pair) == 2 and set(pair) <= set(FEATURES) for pair in pairs()) and len(pairs()) == 45
     for case in (*CASES, *PROBES):
         case.layout.check(world_size=case.world, length=VARIANTS[case.variant].config.context)
 

@@ -32,7 +32,7 @@ def check_groups(rank: Rank) -> None:
     comm = rank.connect()
     mesh = Mesh(comm, cp=2, tp=2)
     r = comm.rank
-    assert mesh.coordinates == {"dp": r // 4, "cp": r // 2 % 2, "tp": r % 2}
+    assert mesh.coordinates == {"pp": 0, "dp": r // 4, "cp": r // 2 % 2, "tp": r % 2}
     assert members(mesh, "tp") == [r // 2 * 2, r // 2 * 2 + 1]
     assert members(mesh, "dp") == [r % 4, r % 4 + 4]
     assert members(mesh, "cp", "tp") == [r // 4 * 4 + i for i in range(4)]
@@ -43,6 +43,11 @@ def check_groups(rank: Rank) -> None:
     assert mesh.group("tp") is mesh.group("tp")
     assert mesh.group("dp", "cp", "tp") is comm
     mesh.close()
+    staged = Mesh(comm, pp=2, tp=2)
+    assert staged.coordinates == {"pp": r // 4, "dp": r // 2 % 2, "cp": 0, "tp": r % 2}
+    assert members(staged, "pp") == [r % 4, r % 4 + 4]
+    assert members(staged, "dp", "cp") == [r // 4 * 4 + r % 2 + i for i in (0, 2)]
+    staged.close()
     comm.barrier()
 
 
@@ -54,7 +59,7 @@ def check_device_mesh(rank: Rank) -> None:
     comm = rank.connect()
     mesh = Mesh.from_device_mesh(device_mesh([[0, 2], [1, 3]], ("tp", "dp")), comm)
     r = comm.rank
-    assert mesh.coordinates == {"dp": r // 2, "cp": 0, "tp": r % 2}
+    assert mesh.coordinates == {"pp": 0, "dp": r // 2, "cp": 0, "tp": r % 2}
     assert members(mesh, "tp") == [r // 2 * 2, r // 2 * 2 + 1]
     odd = Mesh.from_device_mesh(device_mesh([[3, 1], [0, 2]], ("dp", "tp")), comm)
     assert members(odd, "tp") == ([3, 1] if r in (1, 3) else [0, 2])
@@ -69,7 +74,7 @@ def test_a_device_mesh_of_torch() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         theirs = torch.distributed.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
-        assert Mesh.from_device_mesh(theirs, stand_in(1)).coordinates == {"dp": 0, "cp": 0, "tp": 0}
+        assert Mesh.from_device_mesh(theirs, stand_in(1)).coordinates == {"pp": 0, "dp": 0, "cp": 0, "tp": 0}
     finally:
         torch.distributed.destroy_process_group()
 
@@ -104,7 +109,7 @@ def test_refused_device_meshes(mesh, why) -> None:
 
 def test_unknown_axes() -> None:
     mesh = Mesh(stand_in(4), tp=2)
-    for axes in (("pp",), ("tp", "tp")):
+    for axes in (("ep",), ("tp", "tp")):
         with pytest.raises(InvalidArgument, match="expected some of"):
             mesh.group(*axes)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm import hooks
-from paracomm.parallel import DataParallel, Mesh, parallelize, rng
+from paracomm.parallel import DataParallel, Pipeline, parallelize, rng
 from paracomm.parallel.attention import POSITION_BITS, Attention
 from paracomm.parallel.context import context_positions
 from paracomm.parallel.recompute import recompute
@@ -147,25 +147,46 @@ class Trainer:
             world_size=comm.world_size, heads=config.heads, kv_heads=config.kv_heads, vocabulary=config.vocabulary,
             length=config.context,
         )  # fmt: skip
-        self.mesh = Mesh(comm, dp=case.dp, cp=case.cp, tp=case.tp)
+        self.mesh = case.layout.mesh(comm)
         model = parallelize(
             self.variant.build().to(dtype), self.mesh, sequence=case.sequence, context=case.context,
             chunks=case.chunks,
         )  # fmt: skip
-        recompute(model, case.recompute)
         self.local = 0.0
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self._note)
-        self.state: Any = None
-        hooked: dict[str, Any] = {}
-        if case.hook is not None:
-            self.state, hook = hooks.make_hook(case.hook, self.mesh.group("dp", "cp"))
-            hooked = {"hook": hook, "state": self.state}
-        self.parallel = DataParallel(
-            model, self.mesh, zero=case.zero, average=False, precision=case.precision, overlap=case.overlap,
-            bucket_bytes=case.bucket_bytes, first_bucket_bytes=max(1, case.bucket_bytes // 3), **hooked,
-        )  # fmt: skip
+        self.states: list[Any] = []
+        wrapped: dict[str, Any] = {
+            "zero": case.zero, "average": False, "precision": case.precision, "overlap": case.overlap,
+            "bucket_bytes": case.bucket_bytes, "first_bucket_bytes": max(1, case.bucket_bytes // 3),
+        }  # fmt: skip
+        self.parallel: DataParallel | Pipeline
+        if case.pp > 1:
+            make_hook = None if case.hook is None else self._make_hook
+            schedule = case.layout.pipeline_schedule()
+            self.parallel = Pipeline(
+                model, self.mesh, schedule, recompute=case.recompute, make_hook=make_hook, **wrapped
+            )  # fmt: skip
+        else:
+            recompute(model, case.recompute)
+            if case.hook is not None:
+                wrapped["state"], wrapped["hook"] = self._make_hook()
+            self.parallel = DataParallel(model, self.mesh, **wrapped)
+        for copied in (p for part in self.parallel.parts for p in part.module.parameters() if hasattr(p, "copy_of")):
+            if case.hook is not None:  # elsewhere nobody asks for it, and gradients may have left by then
+                copied.register_post_accumulate_grad_hook(self._note)
         self.optimizer = self.parallel.optimizer(kind, **options)
+
+    def _make_hook(self) -> tuple[Any, Any]:
+        assert self.case.hook is not None
+        state, hook = hooks.make_hook(self.case.hook, self.mesh.group("dp", "cp"))
+        self.states.append(state)
+        return state, hook
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters, by their names in the model; of tied ones the first."""
+        for part in self.parallel.parts:
+            yield from ((n, p) for n, p in part.module.named_parameters() if not hasattr(p, "copy_of"))
 
     def _note(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -177,10 +198,11 @@ class Trainer:
         if self.case.precision is not None:
             masters = self.optimizer.state_dict()["state"]
         with self.parallel.gathered():
-            return {
+            found = {
                 name: gather_parameter(p, self.mesh, masters.get(name, {}).get("master")).clone()
-                for name, p in self.parallel.module.named_parameters()
+                for name, p in self._named()
             }
+        return self.parallel.everywhere(found) if isinstance(self.parallel, Pipeline) else found
 
     def step(self, step: int) -> tuple[float, float]:
         """(loss of the whole batch, norm before clipping)."""
@@ -193,19 +215,25 @@ class Trainer:
         self.optimizer.zero_grad()
         for index, own in enumerate(torch.arange(len(rows)).chunk(case.accumulate)):
             last = index + 1 == case.accumulate
+            part = {name: x[own] for name, x in mine.items()}
             with rng.at(place(self.variant, step, rows[own], case.cp, mesh.index("cp"))):
-                total = loss_sum(self.parallel, {name: x[own] for name, x in mine.items()}) / count
-            with nullcontext() if last else self.parallel.no_sync():
-                total.backward()
-            loss += total.detach()
+                loss += self._backward(part, count, last)
         self.parallel.finish()
         norm = self.parallel.clip_(MAX_NORM)
         self.optimizer.step()
-        return float(group.all_reduce(loss)), norm
+        return float(mesh.group("pp", "dp", "cp").all_reduce(loss)), norm
+
+    def _backward(self, part: Batch, count: Tensor, last: bool) -> Tensor:
+        if isinstance(self.parallel, Pipeline):
+            return self.parallel.forward_backward(part, divisor=count, more=not last)
+        total = loss_sum(self.parallel, part) / count
+        with nullcontext() if last else self.parallel.no_sync():
+            total.backward()
+        return total.detach()
 
     def close(self) -> None:
-        if self.state is not None:
-            self.state.close()
+        for state in self.states:
+            state.close()
         self.mesh.close()
 
 
@@ -221,7 +249,7 @@ def spread(trainer: Trainer, comm: Any, dtype: torch.dtype, steps: int = STEPS) 
     initial = trainer.weights()
     assert initial.keys() == expected.initial.keys()
     assert all(torch.equal(x, expected.initial[name]) for name, x in initial.items()), "initial weights"
-    cores = {core.stream for core in trainer.parallel.module.modules() if isinstance(core, Attention)}
+    cores = {core.stream for core in trainer.variant.build().modules() if isinstance(core, Attention)}
     losses, norms = [], []
     for step in range(steps):
         with recorded_masks() if step == 0 else nullcontext(dict) as masks:

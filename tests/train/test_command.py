@@ -36,7 +36,7 @@ def test_ddp_over_gloo_trains_and_reports_on_rank_0_alone(options, tmp_path):
     assert code == other_code == 0
     assert "held-out" in said and "wait n/a" in said and "a sample:" in said
     assert other_said == ""
-    assert (tmp_path / "runs/gpt/checkpoints/step-00000004/model.safetensors").exists()
+    assert (tmp_path / "runs/gpt/checkpoints/step-00000004/.metadata").exists()
 
 
 @pytest.mark.parametrize("reducer", ["ddp", "paracomm"])
@@ -63,7 +63,20 @@ def test_a_mesh_trains_by_flags(options, tmp_path):
     assert code == other_code == 0
     assert "2 x paracomm (tp 2, zero 2, sequence, recompute full, precision bfloat16)" in said
     assert "a sample:" in said and other_said == ""
-    assert (tmp_path / "runs/gpt/checkpoints/step-00000004/model.safetensors").exists()
+    assert (tmp_path / "runs/gpt/checkpoints/step-00000004/.metadata").exists()
+
+
+def test_a_run_goes_on_from_a_folder_in_another_layout(options, tmp_path):
+    kept = ["--checkpoint", str(tmp_path / "kept")]
+    first = [*options, *kept, "--tp", "2", "--steps", "2"]
+    assert [code for code, _ in run_ranks(2, on_rank, first)] == [0, 0]
+    assert not (tmp_path / "runs/gpt/checkpoints").exists()
+    ((code, said),) = run_ranks(1, on_rank, [*options, *kept, "--name", "other", "--resume"])
+    assert code == 0 and "resumed at step 2 of 4" in said
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["step-00000002", "step-00000004"]
+    ((code, said),) = run_ranks(1, on_rank, [*options, *kept, "--steps", "1"])  # a fresh run keeps what was there
+    assert code == 0 and [path.name for path in (tmp_path / "kept").iterdir()] == ["step-00000001"]
+    assert len(list((tmp_path / "kept.1").iterdir())) == 2
 
 
 REFUSED = {

@@ -217,9 +217,8 @@ def test_a_checkpoint_is_a_whole_model_and_torchs_own_optimizer(config, world, l
     assert len(set(writers)) == 1 and writers[0] == results[0][1]
     last = list_checkpoints(config.folder / "checkpoints")[-1]
     model = GPT(TINY)
-    state = load_checkpoint(last, model)
     optimizer = torch.optim.AdamW(loop._groups(model, config), lr=1.0)
-    optimizer.load_state_dict(state)
+    assert load_checkpoint(last, model, optimizer)["step"] == 4
     for parameter in model.parameters():
         moments = optimizer.state[parameter]
         assert moments["exp_avg"].shape == parameter.shape and float(moments["step"]) == 4

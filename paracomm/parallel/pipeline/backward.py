@@ -1,0 +1,138 @@
+"""A stage's backward in two parts: the gradients of its inputs first, those of its weights whenever there is time.
+
+Of the graph that forward leaves, the nodes from which an input can be reached are its *trunk*. Weights hang on it by
+*twigs*, edges that lead from a trunk node to no input:
+
+    output <- MmBackward <- NativeLayerNormBackward <- input        trunk
+                  |                   |
+            TBackward <- W       gamma, beta                        twigs
+
+inputs()    runs the engine down the trunk. A node computes nothing that nobody asks for, and asked for are the inputs
+            only. What each node was given is kept.
+weights()   asks each node again, with what it was given, for its twigs alone; then runs the engine up all twigs at
+            once, so that hooks of parameters see one gradient each.
+
+A node in Python (torch.autograd.Function) computes all of its gradients at the first call; those are kept and used.
+Twigs that meet, as those of a weight that is used twice, are computed in the first part, too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+
+@dataclass
+class _Junction:
+    """A node of the trunk with twigs, and what the engine gave it."""
+
+    node: Any
+    twigs: list[int]
+    """Numbers of the node's edges."""
+    given: tuple[Tensor | None, ...] = ()
+    found: list[Tensor | None] = field(default_factory=list)
+    """Of each twig, what the node has computed in the first part already."""
+
+    def edge(self, twig: int) -> GradientEdge:
+        return GradientEdge(*self.node.next_functions[twig])
+
+    def keep(self, computed: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:
+        """A hook of the node."""
+        self.given = given
+        self.found = [computed[twig] for twig in self.twigs]
+
+
+class SplitBackward:
+    """The backward of `outputs`, of which `inputs` are leaves, in two parts. It keeps the graph until the second is
+    done.
+
+    What the two parts accumulate are the bits of one backward(): each node's kernels run on the same operands.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        self._outputs = [x for x in outputs if x.requires_grad]
+        self._inputs = [get_gradient_edge(x) for x in inputs]
+        self._gradients: list[Tensor | None] = []
+        graph = _Graph([get_gradient_edge(x).node for x in self._outputs], [edge.node for edge in self._inputs])
+        self._junctions = graph.junctions
+        self._apart = [i for i, x in enumerate(self._outputs) if not graph.trunk[get_gradient_edge(x).node]]
+        """Outputs from which no input can be reached: the second part begins with them."""
+        self._at_once = [
+            edge for each in self._junctions for edge in map(each.edge, each.twigs) if graph.degrees[edge.node] > 1
+        ]
+        """Twigs that meet: asked of its node again, one would get what comes over the trunk to the others, too."""
+        self._handles = [each.node.register_hook(each.keep) for each in self._junctions]
+
+    def inputs(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of the inputs, given those of the outputs that require one (None: of a scalar, 1)."""
+        self._gradients = list(gradients)
+        if not self._inputs:
+            return []
+        asked = [*self._inputs, *dict.fromkeys(self._at_once)]
+        found = torch.autograd.grad(self._outputs, asked, self._gradients, retain_graph=True, allow_unused=True)
+        for handle in self._handles:
+            handle.remove()
+        return list(found[: len(self._inputs)])
+
+    def weights(self) -> None:
+        """Accumulates the gradients of everything else that requires one."""
+        if not self._inputs:
+            torch.autograd.backward(self._outputs, self._gradients)
+            return
+        roots: list[Any] = [self._outputs[i] for i in self._apart]
+        gradients = [self._gradients[i] for i in self._apart]
+        for junction in self._junctions:
+            for edge, gradient in _twigs(junction):
+                roots.append(edge)
+                gradients.append(gradient)
+        self._junctions = []
+        if roots:
+            torch.autograd.backward(roots, gradients)
+
+
+class _Graph:
+    """The nodes that lead from `outputs` to `inputs` (trunk), those among them with twigs, and every node's number of
+    edges that lead to it."""
+
+    def __init__(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
+        self.trunk: dict[Any, bool] = dict.fromkeys(inputs, True)
+        self.degrees: Counter[Any] = Counter(outputs)
+        self.junctions: list[_Junction] = []
+        stack = [(node, False) for node in outputs]
+        while stack:
+            node, seen = stack.pop()
+            children = [child for child, _ in node.next_functions if child is not None]
+            if seen:
+                self._leave(node, children)
+            elif node not in self.trunk:
+                self.trunk[node] = False
+                self.degrees.update(children)
+                stack.append((node, True))
+                stack.extend((child, False) for child in children)
+
+    def _leave(self, node: Any, children: Sequence[Any]) -> None:
+        self.trunk[node] = any(self.trunk[child] for child in children)
+        if self.trunk[node] and not all(self.trunk[child] for child in children):
+            edges = enumerate(child for child, _ in node.next_functions)
+            self.junctions.append(_Junction(node, [i for i, c in edges if c is not None and not self.trunk[c]]))
+
+
+def _twigs(junction: _Junction) -> list[tuple[GradientEdge, Tensor]]:
+    """(edge, gradient) of each twig that has one."""
+    found = list(junction.found)
+    missing = [i for i, gradient in enumerate(found) if gradient is None]
+    roots = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.given) if g is not None]
+    if missing and roots:
+        asked = torch.autograd.grad(
+            [edge for edge, _ in roots], [junction.edge(junction.twigs[i]) for i in missing], [g for _, g in roots],
+            retain_graph=True, allow_unused=True,
+        )  # fmt: skip
+        for i, gradient in zip(missing, asked, strict=True):
+            found[i] = gradient
+    return [(junction.edge(twig), g) for twig, g in zip(junction.twigs, found, strict=True) if g is not None]
