@@ -91,7 +91,7 @@ INTERPRETED := tests/kernels/interpreted
 test-kernels: $(VENV)/.dev $(VENV)/.built
 	TRITON_INTERPRET=1 $(PY) -m pytest -q $(INTERPRETED)
 
-slow: $(VENV)/.dev $(VENV)/.built $(VENV)/.catalogues
+slow: $(VENV)/.dev $(VENV)/.built
 	$(PY) -m pytest -q -m slow --durations=12 $(TEST_ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m slow --durations=5 $(INTERPRETED)
 

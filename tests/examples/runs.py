@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +28,3 @@ def few_steps(example: Example, defaults: dict[str, Any], world_size: int = 2, *
 def expect_beaten(verdict: Verdict) -> None:
     """An example that has not learned must not pass."""
     assert not verdict.passed and verdict.value == verdict.value, "\n".join(verdict.lines())
-
-
-def whole_run(name: str) -> str:
-    """Everything, on 2 ranks under torchrun; returns what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "examples" / f"{name}.py")], capture_output=True, text=True, timeout=880,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAILED" not in done.stdout and re.search(r"asked [\d.]+: ok", done.stdout), done.stdout
-    return done.stdout

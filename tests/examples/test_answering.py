@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import answering
-import pytest
 from answering import questions, split
 
-from tests.examples.runs import expect_beaten, few_steps, whole_run
+from tests.examples.runs import expect_beaten, few_steps
 
 
 def test_wordings_of_one_fact_have_one_answer_and_worlds_differ() -> None:
@@ -59,8 +58,3 @@ def test_a_few_steps_do_not_pass() -> None:
     (verdict, said), (other, _) = few_steps(answering.answering, answering.DEFAULTS | SMALL, steps=3)
     expect_beaten(verdict)
     assert verdict == other and any("town" in line for line in said)
-
-
-@pytest.mark.slow
-def test_it_beats_its_baselines() -> None:
-    whole_run("answering")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from paracomm.train.data import Corpus
-from tests.examples.runs import expect_beaten, few_steps, whole_run
+from tests.examples.runs import expect_beaten, few_steps
 
 
 def as_bytes(text: bytes) -> torch.Tensor:
@@ -63,8 +63,3 @@ def test_a_few_steps_do_not_pass(layout: dict[str, int], monkeypatch: pytest.Mon
     expect_beaten(verdict)
     assert 4 < verdict.value < 9 and verdict == other
     assert any("held out" in line for line in said)
-
-
-@pytest.mark.slow
-def test_it_beats_its_baselines() -> None:
-    whole_run("language")

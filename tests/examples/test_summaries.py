@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import summaries
 
-from tests.examples.runs import expect_beaten, few_steps, whole_run
+from tests.examples.runs import expect_beaten, few_steps
 
 SOURCE = '''
 class Rows:
@@ -88,8 +88,3 @@ def test_a_few_steps_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     (verdict, said), (other, _) = few_steps(summaries.summaries, summaries.DEFAULTS | SMALL, steps=3)
     expect_beaten(verdict)
     assert verdict == other and "held out" in said[0]
-
-
-@pytest.mark.slow
-def test_it_beats_its_baselines() -> None:
-    whole_run("summaries")

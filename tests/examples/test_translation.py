@@ -11,7 +11,7 @@ import translation
 from learning import Vocabulary
 
 from paracomm.errors import InvalidArgument
-from tests.examples.runs import expect_beaten, few_steps, whole_run
+from tests.examples.runs import expect_beaten, few_steps
 
 WORDS = {"event": "Veranstaltung", "order": "Bestellung", "user": "Benutzer", "ticket": "Karte", "page": "Seite"}
 VERBS = {"Delete": "löschen", "Change": "ändern", "Print": "drucken", "Open": "öffnen", "Copy": "kopieren"}
@@ -123,10 +123,3 @@ def test_more_steps_do_better(catalogues: Path) -> None:
     learned = few_steps(translation.translation, translation.DEFAULTS | SMALL, steps=150, tp=2, **options)
     verdict = learned[0][0]
     assert verdict.value > verdict.bars[0].value + 15, "\n".join(verdict.lines())
-
-
-@pytest.mark.slow
-def test_it_beats_its_baselines() -> None:
-    if not list(Path(str(translation.DEFAULTS["catalogues"])).glob("*.whl")):
-        pytest.skip("the catalogues are not downloaded: make slow does it")
-    assert "translation memory" in whole_run("translation")
