@@ -1,59 +1,42 @@
-"""examples/summaries.py: what it reads out of sources, how it splits and measures, and a run of a few steps."""
+"""examples/summaries.py: its made-up days, how they are split and measured, and a run of a few steps."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import random
 
 import pytest
 import summaries
 
 from tests.examples.runs import expect_beaten, few_steps
 
-SOURCE = '''
-class Rows:
-    def takeRow_index(self, row: int) -> int:
-        """Return the index of a row. It must exist.
 
-        More about it.
-        """
-        return self.rows.index(row)
-
-async def fetch(url):
-    "Fetch what lies at an address"
-    return await get(url)
-
-def bare(x):
-    return x
-
-def terse(x):
-    """Two words."""
-'''
+def test_a_report_says_what_its_summary_does_and_more() -> None:
+    dice = random.Random(1)
+    lengths = set()
+    for _ in range(300):
+        report, summed_up, happened = summaries.day(dice)
+        towns = [town for town in summaries.TOWNS if town in report]
+        assert len(towns) == 1 and towns[0] in summed_up
+        notable = [said for aspect in summaries.ASPECTS for said, wordings in aspect if said and said in happened]
+        lengths.add(len(notable))
+        for aspect in summaries.ASPECTS:  # one wording of one case of each
+            assert sum(wording in report for _, wordings in aspect for wording in wordings) == 1
+        mentioned = [said for said in notable if said in summed_up]
+        assert mentioned == notable[: summaries.MENTIONED], "the gravest, and no more than three"
+        assert not any(said in report for said in notable), "a summary has words of its own"
+    assert {0, 1, 2, 3, 4} <= lengths
 
 
-def test_functions_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "rows.py").write_text(SOURCE)
-    assert sorted(summaries.functions(tmp_path / "rows.py")) == [
-        ("fetch(url): return await get(url)", "fetch what lies at an address"),
-        ("take row index(self, row: int) -> int: return self.rows.index(row)", "return the index of a row"),
-    ]
-    (tmp_path / "broken.py").write_text("def (:")
-    assert summaries.functions(tmp_path / "broken.py") == []
+def test_what_happened_on_a_held_out_day_happened_on_no_other() -> None:
+    train, unseen = summaries.split(4000, seed=3)
+    assert len(train) + len(unseen) == 4000 and 200 < len(unseen) < 1200
 
+    def without_town(summed_up: str) -> str:
+        return " ".join(word for word in summed_up.split() if word.strip(",.") not in summaries.TOWNS)
 
-def test_the_sentence_is_not_in_the_code() -> None:
-    for code, sentence in summaries.functions(Path(json.__file__).with_name("decoder.py")):
-        assert sentence not in code and '"""' not in code
-
-
-def test_no_sentence_and_no_code_is_on_both_sides() -> None:
-    pairs = [(f"f{i}(x): return {i % 700}", f"return the number {i % 500}") for i in range(2000)]
-    train, unseen = summaries.split([*pairs, *pairs])
-    assert {sentence for _, sentence in train}.isdisjoint({sentence for _, sentence in unseen})
-    assert len(train) + len(unseen) == 500 * summaries.ALIKE
-    same = [("g(x): return 1", f"say it in way {i}") for i in range(200)]
-    train, unseen = summaries.split(same)
-    assert len(train) > 150 and unseen == [], "its code is on the other side"
+    few = {without_town(summed_up) for _, summed_up in unseen if summed_up.count(" and ") + summed_up.count(",") < 2}
+    assert few and few.isdisjoint({without_town(summed_up) for _, summed_up in train})
+    assert summaries.split(50, 3) == summaries.split(50, 3) != summaries.split(50, 4)
 
 
 @pytest.mark.parametrize(
@@ -74,17 +57,15 @@ def test_rouge_l(found: str, expected: str, value: float) -> None:
 
 
 def test_lead_takes_as_many_words_as_are_best() -> None:
-    train = [(f"get row {i}(self): return a b c d", f"get row {i}") for i in range(50)]
-    assert summaries.best_lead(train) == 3 and summaries.lead(train[7][0], 3) == "get row 7"
+    train = [(f"Row {i} was there: a b c d", f"row {i} was") for i in range(50)]
+    assert summaries.best_lead(train) == 3 and summaries.lead(train[7][0], 3) == "row 7 was"
 
 
-SMALL = {"batch": 16, "width": 16, "depth": 1, "heads": 2, "vocabulary": 400, "code": 24, "longest": 16, "questions": 9}
+SMALL = {"batch": 16, "width": 16, "depth": 1, "encoder_depth": 1, "heads": 2, "vocabulary": 400, "reports": 400,
+         "questions": 9}  # fmt: skip
 
 
-def test_a_few_steps_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    standard = [file for file in summaries.sources() if file.parent.name in ("json", "email", "asyncio")]
-    assert len(standard) > 20
-    monkeypatch.setattr(summaries, "sources", lambda: standard)
+def test_a_few_steps_do_not_pass() -> None:
     (verdict, said), (other, _) = few_steps(summaries.summaries, summaries.DEFAULTS | SMALL, steps=3)
     expect_beaten(verdict)
     assert verdict == other and "held out" in said[0]
