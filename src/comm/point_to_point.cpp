@@ -9,7 +9,6 @@
 namespace paracomm {
 namespace {
 
-constexpr int kLooksBeside = 400;  // of the thread that moves messages while the others compute: they need its core
 constexpr size_t kSlice = 128 * 1024;  // a ring of MemoryOptions::ring_per_peer holds several
 constexpr double kFarewell_s = 0.5;    // over TCP, the last messages of a rank may come after the news that it left
 
@@ -261,8 +260,7 @@ void PointToPoint::fail_all(const Error& error) {
 void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) {
   driving_ = true;
   int looks = 0;
-  const int patience = until != nullptr ? patience_.looks : std::min(patience_.looks, kLooksBeside);
-  while (until != nullptr ? !until->done() : (!idle() && !stopping_ && waiting_ == 0)) {
+  while (until != nullptr ? !until->done() : (!idle() && !stopping_)) {
     bool over = true;  // it failed or was closed before: nobody needs to hear of that from here
     try {
       comm_.check();
@@ -270,7 +268,7 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
       if (round()) {
         looks = 0;
         changed_.notify_all();
-      } else if (++looks < patience) {
+      } else if (++looks < patience_.looks) {
         lock.unlock();
         if (looks % 16 == 0) sched_yield();
         lock.lock();
@@ -314,27 +312,18 @@ void PointToPoint::finish(Work& work, double timeout_s) {
     t.deadline = deadline;
     t.timeout_s = timeout_s;
   });
-  ++waiting_;
-  try {
-    while (!work.done()) {
-      if (!driving_)
-        drive(lock, &work);
-      else
-        changed_.wait_for(lock, std::chrono::milliseconds(100));
-    }
-  } catch (...) {
-    --waiting_;
-    changed_.notify_all();
-    throw;
+  while (!work.done()) {
+    if (!driving_)
+      drive(lock, &work);
+    else
+      changed_.wait_for(lock, std::chrono::milliseconds(100));
   }
-  --waiting_;
-  changed_.notify_all();
 }
 
 void PointToPoint::serve() {
   std::unique_lock lock(mutex_);
   while (!stopping_) {
-    if (!driving_ && waiting_ == 0 && !idle())
+    if (!driving_ && !idle())
       drive(lock, nullptr);
     else
       changed_.wait(lock);

@@ -83,7 +83,6 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   uint64_t posted_ = 0;
   uint32_t received_from_any_ = 0;
   bool driving_ = false, stopping_ = false;
-  int waiting_ = 0;  // threads in finish(), which are patient: serve() leaves it to them to move what there is
   std::thread thread_;
 };
 
