@@ -47,8 +47,8 @@ DEFAULTS = {
     "steps": 4000, "batch": 64, "width": 160, "depth": 2, "heads": 4, "dropout": 0.1, "lr": 3e-3, "seed": 0,
     "vocabulary": 3000, "longest": 40, "catalogues": str(Path(sys.prefix) / "catalogues"),
 }  # fmt: skip
-COPY_MARGIN, MEMORY_MARGIN = 10.0, 3.0
-"""In points of chrF."""
+COPY_MARGIN = 20.0
+"""In points of chrF. Of the translation memory nothing is asked: half of the messages have a twin that it knows."""
 ONE_IN = 20
 
 Messages = list[tuple[str, str]]
@@ -139,7 +139,7 @@ def chrf_beside(train: Messages, unseen: Messages, found: Sequence[str]) -> Verd
     remembered = [train[memory.index(source)][1] for source in sources]
     bars = [
         Bar("the English text", chrf(sources, expected), COPY_MARGIN),
-        Bar("translation memory", chrf(remembered, expected), MEMORY_MARGIN),
+        Bar("translation memory", chrf(remembered, expected)),
     ]
     return Verdict("chrF", chrf(found, expected), bars)
 
