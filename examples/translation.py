@@ -48,7 +48,7 @@ DEFAULTS = {
     "vocabulary": 3000, "longest": 40, "catalogues": str(Path(sys.prefix) / "catalogues"),
 }  # fmt: skip
 COPY_MARGIN = 15.0
-"""In points of chrF."""
+"""In points of chrF. Of the translation memory nothing is asked: it knows a near twin of many messages."""
 ONE_IN = 20
 
 Messages = list[tuple[str, str]]
