@@ -57,6 +57,7 @@ def train(trainer: loop.Trainer, first: int, last: int) -> list[float]:
         mean = trainer.replicas.sum(trainer.backward(step).view(1)) / trainer.replicas.world_size
         trainer.update(step)
         found.append(float(mean))
+    trainer.replicas.barrier()  # nobody ends while others still read
     return found
 
 
@@ -74,6 +75,7 @@ def whole_of(trainer: loop.Trainer) -> Whole:
     for path, value in sorted(flat.items()):
         name, key = path.split(" ")
         found[name]["weight" if key == "master" else key] = value
+    trainer.replicas.barrier()
     return found
 
 
