@@ -168,6 +168,18 @@ def _run_processes(
     return [child.outcome for child in children]
 
 
+def say_goodbye(rank: Rank, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """run_ranks(n, say_goodbye, function, ...): function(rank, ...), and then the end that an interpreter has.
+
+    The processes of run_ranks just stop, and a neighbour that still reads what a rank sent last would raise PeerLost.
+    """
+    from paracomm.comm import communicator
+
+    found = function(rank, *args, **kwargs)
+    communicator._close_all()
+    return found
+
+
 def _child_main(
     connection: Connection,
     environment: dict[str, str],

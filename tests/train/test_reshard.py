@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Rank
+from ranks import Rank, say_goodbye
 from ranks import run_ranks as start_ranks
 from torch import Tensor, nn
 
-from paracomm.comm import communicator
 from paracomm.errors import InvalidArgument
 from paracomm.models import DecoderConfig
 from paracomm.models.gpt import GPT
@@ -41,14 +40,7 @@ Whole = dict[str, dict[str, Tensor]]
 
 
 def run_ranks(world: int, function: Any, *args: Any) -> list[Any]:
-    """As ranks.run_ranks, whose processes end without a goodbye: neighbours may still read what a rank sent last."""
     return start_ranks(world, say_goodbye, function, *args)
-
-
-def say_goodbye(rank: Rank, function: Any, *args: Any) -> Any:
-    found = function(rank, *args)
-    communicator._close_all()  # what an interpreter does at its end
-    return found
 
 
 @pytest.fixture
