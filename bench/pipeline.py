@@ -54,7 +54,7 @@ def against_torch(bar: Bar) -> None:
 def bubbles(bar: Bar) -> None:
     """Each schedule with emulated compute times, 4 ranks, 8 microbatches: the bubble measured and simulated."""
     for schedule in SCHEDULES:
-        task = Task(schedule, seconds=0.02, rounds=5)
+        task = Task(schedule, seconds=0.05, rounds=3)
         try:
             replies = measure(task, Place(4), WORKER)
         except ContenderError as error:
