@@ -11,7 +11,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -283,6 +283,27 @@ def tcp_unshaped(bar: Bar, effort: Effort) -> None:
     bar.hold("speed over Gloo, 64 MiB", ratio(f, "gloo", "paracomm private", nbytes), 1.5)
 
 
+def run_bars(bars: Mapping[str, Callable[..., None]], names: list[str], prefix: str = "", *arguments: Any) -> None:
+    """Calls bars[name](Bar, *arguments) for each of `names` ("all": all), and exits, with 1 where a bar is short."""
+    wanted = list(bars) if names == ["all"] else names
+    unknown = [name for name in wanted if name not in bars]
+    if unknown:
+        raise typer.BadParameter(f"no bar '{unknown[0]}'; there are {', '.join(bars)}")
+    short = 0
+    for name in wanted:
+        bar = Bar(f"{prefix}{name}")
+        typer.echo(f"{name}: {bars[name].__doc__}")
+        try:
+            bars[name](bar, *arguments)
+        except ContenderError as error:
+            bar.hold(f"did not run: {error}", None, 1)
+        finally:
+            bar.save()
+        short += bar.short
+    typer.echo(f"{short} short" if short else "all bars hold")
+    raise typer.Exit(1 if short else 0)
+
+
 BARS = {
     "shm-private": shm_private,
     "shm-arena": shm_arena,
@@ -300,23 +321,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="about how long one visit measures")] = 0.2,
 ) -> None:
     """Measure bars. The status is 1 where one is short."""
-    wanted = list(BARS) if names == ["all"] else names
-    unknown = [name for name in wanted if name not in BARS]
-    if unknown:
-        raise typer.BadParameter(f"no bar '{unknown[0]}'; there are {', '.join(BARS)}")
-    short = 0
-    for name in wanted:
-        bar = Bar(name)
-        typer.echo(f"{name}: {BARS[name].__doc__}")
-        try:
-            BARS[name](bar, Effort(rounds=rounds, seconds=seconds))
-        except ContenderError as error:
-            bar.hold(f"did not run: {error}", None, 1)
-        finally:
-            bar.save()
-        short += bar.short
-    typer.echo(f"{short} short" if short else "all bars hold")
-    raise typer.Exit(1 if short else 0)
+    run_bars(BARS, names, "", Effort(rounds=rounds, seconds=seconds))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Annotated
 
 import typer
-from bars import Bar, hosts
+from bars import Bar, hosts, run_bars
 from hierarchy import hierarchy
 from rich.console import Console
 
@@ -114,21 +114,7 @@ BARS = {"links": links, "loss": loss, "hierarchy": hierarchy, "hooks": every_hoo
 
 def main(names: Annotated[list[str], typer.Argument(help=f"{', '.join(BARS)}, or all")]) -> None:
     """Measure bars. The status is 1 where one is short."""
-    wanted = list(BARS) if names == ["all"] else names
-    unknown = [name for name in wanted if name not in BARS]
-    if unknown:
-        raise typer.BadParameter(f"no bar '{unknown[0]}'; there are {', '.join(BARS)}")
-    short = 0
-    for name in wanted:
-        bar = Bar(f"hooks-{name}")
-        typer.echo(f"{name}: {BARS[name].__doc__}")
-        try:
-            BARS[name](bar)
-        finally:
-            bar.save()
-        short += bar.short
-    typer.echo(f"{short} short" if short else "all bars hold")
-    raise typer.Exit(1 if short else 0)
+    run_bars(BARS, names, "hooks-")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from bars import Bar, hosts
+from bars import Bar, hosts, run_bars
 from layouts_rank import Task
 
 from paracomm.cli.contest.launch import ContenderError, Group, Place
@@ -138,21 +138,7 @@ BARS = {"against-torch": against_torch, "overlap": overlap, "memory": memory}
 
 def main(names: Annotated[list[str], typer.Argument(help=f"{', '.join(BARS)}, or all")]) -> None:
     """Measure bars. The status is 1 where one is short."""
-    wanted = list(BARS) if names == ["all"] else names
-    unknown = [name for name in wanted if name not in BARS]
-    if unknown:
-        raise typer.BadParameter(f"no bar '{unknown[0]}'; there are {', '.join(BARS)}")
-    short = 0
-    for name in wanted:
-        bar = Bar(f"layouts-{name}")
-        typer.echo(f"{name}: {BARS[name].__doc__}")
-        try:
-            BARS[name](bar)
-        finally:
-            bar.save()
-        short += bar.short
-    typer.echo(f"{short} short" if short else "all bars hold")
-    raise typer.Exit(1 if short else 0)
+    run_bars(BARS, names, "layouts-")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import pipeline_cutting_rank as cut_rank
 import typer
-from bars import Bar
+from bars import Bar, run_bars
 from layouts import measure, slowest
 from pipeline_rank import TORCHS, Task
 
@@ -102,21 +102,7 @@ BARS = {"cutting": cutting, "against-torch": against_torch, "bubbles": bubbles}
 
 def main(names: Annotated[list[str], typer.Argument(help=f"{', '.join(BARS)}, or all")]) -> None:
     """Measure bars. The status is 1 where one is short."""
-    wanted = list(BARS) if names == ["all"] else names
-    unknown = [name for name in wanted if name not in BARS]
-    if unknown:
-        raise typer.BadParameter(f"no bar '{unknown[0]}'; there are {', '.join(BARS)}")
-    short = 0
-    for name in wanted:
-        bar = Bar(f"pipeline-{name}")
-        typer.echo(f"{name}: {BARS[name].__doc__}")
-        try:
-            BARS[name](bar)
-        finally:
-            bar.save()
-        short += bar.short
-    typer.echo(f"{short} short" if short else "all bars hold")
-    raise typer.Exit(1 if short else 0)
+    run_bars(BARS, names, "pipeline-")
 
 
 if __name__ == "__main__":
