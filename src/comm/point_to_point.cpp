@@ -10,7 +10,19 @@ namespace paracomm {
 namespace {
 
 constexpr size_t kSlice = 128 * 1024;  // a ring of MemoryOptions::ring_per_peer holds several
-constexpr double kFarewell_s = 0.5;    // over TCP, the last messages of a rank may come after the news that it left
+// Looks before a nap of a thread that moves messages beside one that computes: the core is better used by that one.
+constexpr int kLooksBeside = 64;
+constexpr auto kNap = std::chrono::milliseconds(20);  // what it waits for wakes it; clocks are looked at now and then
+constexpr auto kShortNap = std::chrono::microseconds(500);  // while another transport may have something, too
+constexpr double kFarewell_s = 0.5;  // over TCP, the last messages of a rank may come after the news that it left
+
+template <class Do>
+struct Finally {
+  Do run;
+  ~Finally() { run(); }
+};
+template <class Do>
+Finally(Do) -> Finally<Do>;
 
 }  // namespace
 
@@ -48,11 +60,11 @@ std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType d
     lanes_[static_cast<size_t>(peer)].sends.push_back(std::move(transfer));
   } else {
     for (int from = 0; from < static_cast<int>(lanes_.size()); ++from)
-      if ((any || from == peer) && take_aside(from, transfer)) return work;
+      if ((any || from == peer) && (take_aside(from, transfer) || take_incoming(from, transfer))) return work;
     (any ? from_any_ : lanes_[static_cast<size_t>(peer)].recvs).push_back(std::move(transfer));
   }
   if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
-  changed_.notify_all();
+  asleep_ != nullptr ? asleep_->nudge() : needed_.notify_one();
   return work;
 }
 
@@ -63,16 +75,33 @@ bool PointToPoint::take_aside(int peer, Transfer& recv) {
   if (found == aside.end()) return false;
   const Transfer message = std::move(*found);
   aside.erase(found);
-  try {
-    check_fit(peer, recv, message.signature);
-  } catch (const Error& error) {
-    comm_.fail(error, true);
-    throw;
-  }
+  fail_unless_fit(peer, recv, message.signature);
   std::copy(message.aside.begin(), message.aside.end(), recv.data);
   recv.work->set_source(peer);
   recv.work->complete();
   return true;
+}
+
+bool PointToPoint::take_incoming(int peer, const Transfer& recv) {
+  std::optional<Transfer>& message = lanes_[static_cast<size_t>(peer)].incoming;
+  if (!message || message->work || message->signature.root != recv.signature.root) return false;
+  fail_unless_fit(peer, recv, message->signature);
+  recv.work->set_source(peer);
+  recv.work->begin();
+  message->work = recv.work;
+  message->meant_for = recv.data;  // an endpoint may be in the middle of a slice, and writes where it was told to
+  message->timeout_s = recv.timeout_s;
+  message->deadline = recv.deadline;
+  return true;
+}
+
+void PointToPoint::fail_unless_fit(int peer, const Transfer& recv, const Signature& head) {
+  try {
+    check_fit(peer, recv, head);
+  } catch (const Error& error) {
+    comm_.fail(error, true);
+    throw;
+  }
 }
 
 void PointToPoint::check_fit(int peer, const Transfer& recv, const Signature& head) const {
@@ -172,6 +201,8 @@ bool PointToPoint::advance_recvs(int peer) {
     const bool complete = advance_recv(peer, *lane.incoming);
     moved |= complete || lane.incoming->moved != before;
     if (!complete) return moved;
+    if (lane.incoming->meant_for != nullptr)
+      std::copy(lane.incoming->aside.begin(), lane.incoming->aside.end(), lane.incoming->meant_for);
     if (lane.incoming->work)
       lane.incoming->work->complete();
     else
@@ -256,11 +287,18 @@ void PointToPoint::fail_all(const Error& error) {
   from_any_.clear();
 }
 
-/// Moves everything along until `until` is done (null: until nothing is left). The lock is let go between rounds.
+/// Moves everything along until `until` is done (null: until nothing is left, or somebody waits and does it better).
+/// The lock is let go between rounds.
 void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) {
   driving_ = true;
+  const Finally leave{[this] {
+    driving_ = false;
+    changed_.notify_all();
+    needed_.notify_one();
+  }};
+  const int patience = until != nullptr ? patience_.looks : std::min(kLooksBeside, patience_.looks);
   int looks = 0;
-  while (until != nullptr ? !until->done() : (!idle() && !stopping_)) {
+  while (until != nullptr ? !until->done() : (!idle() && !stopping_ && waiting_ == 0)) {
     bool over = true;  // it failed or was closed before: nobody needs to hear of that from here
     try {
       comm_.check();
@@ -268,30 +306,12 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
       if (round()) {
         looks = 0;
         changed_.notify_all();
-      } else if (++looks < patience_.looks) {
+      } else if (++looks < patience) {
         lock.unlock();
         if (looks % 16 == 0) sched_yield();
         lock.lock();
       } else {
-        // Endpoints are used by the driver alone, also while it sleeps.
-        for (size_t peer = 0; peer < lanes_.size(); ++peer) {
-          const Lane& lane = lanes_[peer];
-          if (endpoints_[peer] == nullptr) continue;
-          if (from_any_.empty() && lane.sends.empty() && lane.recvs.empty() && !lane.incoming) continue;
-          endpoints_[peer]->progress();
-          Endpoint& endpoint = *endpoints_[peer];
-          lock.unlock();
-          endpoint.wait(static_cast<int>(peer), std::chrono::microseconds(500));
-          try {
-            between_naps();
-          } catch (...) {
-            lock.lock();
-            driving_ = false;
-            changed_.notify_all();
-            throw;
-          }
-          lock.lock();
-        }
+        nap(lock);
       }
     } catch (const Error& error) {
       if (!over && error.kind() == ErrorKind::peer_lost && comm_.learns_cause()) continue;  // check() throws it
@@ -299,8 +319,33 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
       fail_all(error);
     }
   }
-  driving_ = false;
-  changed_.notify_all();
+}
+
+/// Waits until one of the endpoints with something posted may have news, somebody posts or waits, or for a while.
+void PointToPoint::nap(std::unique_lock<std::mutex>& lock) {
+  const auto pending = [this](size_t peer) {
+    const Lane& lane = lanes_[peer];
+    return endpoints_[peer] != nullptr &&
+           (!from_any_.empty() || !lane.sends.empty() || !lane.recvs.empty() || lane.incoming);
+  };
+  std::vector<Endpoint*> endpoints;
+  for (size_t peer = 0; peer < lanes_.size(); ++peer)
+    if (pending(peer) && std::find(endpoints.begin(), endpoints.end(), endpoints_[peer]) == endpoints.end())
+      endpoints.push_back(endpoints_[peer]);
+  for (Endpoint* endpoint : endpoints) {
+    pending_.clear();
+    for (size_t peer = 0; peer < lanes_.size(); ++peer)
+      if (endpoints_[peer] == endpoint && pending(peer)) pending_.push_back(static_cast<int>(peer));
+    endpoint->progress();
+    asleep_ = endpoint;
+    lock.unlock();  // endpoints are used by the driver alone, also while it sleeps
+    const Finally wake{[&] {
+      lock.lock();
+      asleep_ = nullptr;
+    }};
+    endpoint->wait_any(pending_, endpoints.size() == 1 ? kNap : kShortNap);
+    between_naps();
+  }
 }
 
 void PointToPoint::finish(Work& work, double timeout_s) {
@@ -312,6 +357,12 @@ void PointToPoint::finish(Work& work, double timeout_s) {
     t.deadline = deadline;
     t.timeout_s = timeout_s;
   });
+  if (work.done()) return;
+  ++waiting_;
+  const Finally leave{[this] {
+    if (--waiting_ == 0) needed_.notify_one();
+  }};
+  if (asleep_ != nullptr) asleep_->nudge();  // a thread that moves messages beside us makes way
   while (!work.done()) {
     if (!driving_)
       drive(lock, &work);
@@ -323,10 +374,10 @@ void PointToPoint::finish(Work& work, double timeout_s) {
 void PointToPoint::serve() {
   std::unique_lock lock(mutex_);
   while (!stopping_) {
-    if (!driving_ && !idle())
+    if (!driving_ && !idle() && waiting_ == 0)
       drive(lock, nullptr);
     else
-      changed_.wait(lock);
+      needed_.wait(lock);
   }
 }
 
@@ -336,6 +387,8 @@ void PointToPoint::stop() {
     stopping_ = true;
     fail_all(Error(ErrorKind::error, "the communicator was closed before this transfer was complete"));
     changed_.notify_all();
+    needed_.notify_one();
+    if (asleep_ != nullptr) asleep_->nudge();
     changed_.wait(lock, [&] { return !driving_; });  // it uses endpoints that will not live much longer
   }
   if (thread_.joinable()) thread_.join();

@@ -39,7 +39,8 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
     uint64_t last_index = 0;
     uint64_t order = 0;  // of posting, over all peers
     bool by_reference = false, started = false;
-    std::vector<std::byte> aside;  // of a message that nobody had asked for: `data` points here
+    std::vector<std::byte> aside;    // of a message that nobody had asked for: `data` points here, ...
+    std::byte* meant_for = nullptr;  // ... and somebody has since, for here
   };
   struct Lane {
     std::deque<Transfer> sends;
@@ -59,8 +60,12 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   Transfer match(int peer, const Signature& head);
   /// Serves a receive that was posted from what was put aside. False: there is no such message.
   bool take_aside(int peer, Transfer& recv);
+  /// Lets a receive have the message that is being put aside. False: there is none, or it has another tag.
+  bool take_incoming(int peer, const Transfer& recv);
   /// Throws Error(mismatch) unless the message is what the receive expects.
   void check_fit(int peer, const Transfer& recv, const Signature& head) const;
+  /// The same for a message that has come already: the communicator fails.
+  void fail_unless_fit(int peer, const Transfer& recv, const Signature& head);
   /// Throws what ends the wait of `transfer`: its deadline, or a peer that has left.
   void look_at_clock(int peer, const Transfer& transfer, bool send);
   /// One round over everything posted; true if something moved. Fails transfers past their deadline.
@@ -70,19 +75,24 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   void each_transfer(Visit visit);
   void fail_all(const Error& error);
   void drive(std::unique_lock<std::mutex>& lock, const Work* until);
+  void nap(std::unique_lock<std::mutex>& lock);
   void serve();
   bool idle() const noexcept;
 
   Communicator& comm_;
   std::vector<Endpoint*> endpoints_;
   Patience patience_;
-  std::mutex mutex_;  // held while data moves; endpoints have one user at a time
-  std::condition_variable changed_;
+  std::mutex mutex_;                 // held while data moves; endpoints have one user at a time
+  std::condition_variable changed_;  // for those who wait for a transfer
+  std::condition_variable needed_;   // for the thread that serves while nobody waits
   std::vector<Lane> lanes_;
   std::list<Transfer> from_any_;
   uint64_t posted_ = 0;
   uint32_t received_from_any_ = 0;
   bool driving_ = false, stopping_ = false;
+  int waiting_ = 0;             // in finish()
+  Endpoint* asleep_ = nullptr;  // where the driver naps
+  std::vector<int> pending_;    // of a nap: kept for its memory
   std::thread thread_;
 };
 

@@ -374,8 +374,8 @@ void MemoryEndpoint::leave_core(uint32_t core, size_t here) noexcept {
   if (CPU_COUNT(&best) > 0 && sched_setaffinity(0, sizeof best, &best) == 0) sched_setaffinity(0, sizeof all, &all);
 }
 
-void MemoryEndpoint::wait(int peer, std::chrono::microseconds at_most) {
-  (void)peer;
+/// There is one doorbell, whoever rings.
+void MemoryEndpoint::wait_any(std::span<const int> /*peers*/, std::chrono::microseconds at_most) {
   MemoryHeader& header = own_.segment->header();
   if (!armed_) {
     // First call: say that we sleep and let the caller look once more. Second call: sleep.
@@ -393,6 +393,10 @@ void MemoryEndpoint::wait(int peer, std::chrono::microseconds at_most) {
 
 void MemoryEndpoint::interrupt() noexcept {
   interrupted_.store(true, std::memory_order_release);
+  nudge();
+}
+
+void MemoryEndpoint::nudge() noexcept {
   MemoryHeader& header = own_.segment->header();
   header.doorbell.fetch_add(1, std::memory_order_release);
   futex_wake(header.doorbell);

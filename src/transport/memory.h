@@ -87,8 +87,9 @@ class MemoryEndpoint final : public Endpoint {
   std::byte* peer_output(int peer) override;
   bool progress() override { return false; }
   void yield(int peer) override;
-  void wait(int peer, std::chrono::microseconds at_most) override;
+  void wait_any(std::span<const int> peers, std::chrono::microseconds at_most) override;
   void interrupt() noexcept override;
+  void nudge() noexcept override;
   uint64_t bytes_sent(int peer) const override;
 
  private:

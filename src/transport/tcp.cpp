@@ -316,7 +316,11 @@ class TcpEndpoint::Link {
 };
 
 TcpEndpoint::TcpEndpoint(int rank, int world_size, std::vector<TcpPeer> peers, TcpOptions options)
-    : rank_(rank), options_(options), links_(static_cast<size_t>(world_size)), interrupt_(make_eventfd()) {
+    : rank_(rank),
+      options_(options),
+      links_(static_cast<size_t>(world_size)),
+      interrupt_(make_eventfd()),
+      nudge_(make_eventfd()) {
   for (TcpPeer& peer : peers) {
     if (peer.rank < 0 || peer.rank >= world_size || peer.rank == rank || peer.sockets.empty()) {
       throw Error(ErrorKind::invalid_argument, "tcp: rank " + std::to_string(peer.rank) + " of " +
@@ -353,8 +357,8 @@ bool TcpEndpoint::progress() {
   return left;
 }
 
-void TcpEndpoint::wait(int peer, std::chrono::microseconds at_most) {
-  polled_.assign(1, {interrupt_.get(), POLLIN, 0});
+void TcpEndpoint::wait_any(std::span<const int> peers, std::chrono::microseconds at_most) {
+  polled_.assign({{interrupt_.get(), POLLIN, 0}, {nudge_.get(), POLLIN, 0}});
   bool news = false;
   for (const auto& each : links_) {
     if (!each) continue;
@@ -362,16 +366,20 @@ void TcpEndpoint::wait(int peer, std::chrono::microseconds at_most) {
     each->add_output(polled_);
   }
   if (news) return;
-  link(peer).add_input(polled_);
+  for (const int peer : peers) link(peer).add_input(polled_);
   const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(at_most);
   const timespec limit{static_cast<time_t>(seconds.count()),
                        static_cast<long>(std::chrono::nanoseconds(at_most - seconds).count())};
   if (::ppoll(polled_.data(), polled_.size(), &limit, nullptr) < 0 && errno != EINTR) {
     throw Error(ErrorKind::error, system_message("poll", errno));
   }
+  eventfd_t nudges = 0;
+  if (polled_[1].revents != 0) ::eventfd_read(nudge_.get(), &nudges);
 }
 
 void TcpEndpoint::interrupt() noexcept { ::eventfd_write(interrupt_.get(), 1); }
+
+void TcpEndpoint::nudge() noexcept { ::eventfd_write(nudge_.get(), 1); }
 
 uint64_t TcpEndpoint::bytes_sent(int peer) const { return link(peer).payload(); }
 

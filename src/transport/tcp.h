@@ -40,8 +40,9 @@ class TcpEndpoint final : public Endpoint {
   const std::byte* try_recv(int peer, const Signature& signature, size_t nbytes, std::byte* into) override;
   void release(int peer) override;
   bool progress() override;
-  void wait(int peer, std::chrono::microseconds at_most) override;
+  void wait_any(std::span<const int> peers, std::chrono::microseconds at_most) override;
   void interrupt() noexcept override;
+  void nudge() noexcept override;
   uint64_t bytes_sent(int peer) const override;
 
  private:
@@ -51,7 +52,7 @@ class TcpEndpoint final : public Endpoint {
   int rank_;
   TcpOptions options_;
   std::vector<std::unique_ptr<Link>> links_;  ///< by rank; empty where this transport does not reach
-  Fd interrupt_;
+  Fd interrupt_, nudge_;
   std::vector<pollfd> polled_;  ///< of the last wait: kept for its memory
 };
 

@@ -3,8 +3,8 @@
 //
 // Between two ranks of one communicator there is one ordered stream of messages in each direction. Sender and receiver
 // both know, from the plan, how long the next message is; the signature of the collective travels with each message, so
-// that two ranks that do different things find out. One thread at a time uses an Endpoint; only `interrupt()` may come
-// from another.
+// that two ranks that do different things find out. One thread at a time uses an Endpoint; only `interrupt()` and
+// `nudge()` may come from another.
 #pragma once
 
 #include <sched.h>
@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "core/signature.h"
 
@@ -67,11 +68,14 @@ class Endpoint {
   virtual void yield(int /*peer*/) { sched_yield(); }
   /// Moves queued bytes along without blocking. False: nothing is queued, so that no peer depends on further calls.
   virtual bool progress() = 0;
-  /// Blocks until something may have changed between this rank and `peer`, `interrupt()` is called, or `at_most` has
-  /// passed.
-  virtual void wait(int peer, std::chrono::microseconds at_most) = 0;
-  /// Wakes `wait` now and makes every later one return at once. From any thread.
+  /// Blocks until something may have changed between this rank and one of `peers`, `interrupt()` or `nudge()` is
+  /// called, or `at_most` has passed. May also return without a reason: look again, and call again.
+  virtual void wait_any(std::span<const int> peers, std::chrono::microseconds at_most) = 0;
+  void wait(int peer, std::chrono::microseconds at_most) { wait_any({&peer, 1}, at_most); }
+  /// Wakes a wait now and makes every later one return at once. From any thread.
   virtual void interrupt() noexcept = 0;
+  /// Wakes a wait now; later ones sleep again. From any thread.
+  virtual void nudge() noexcept = 0;
 
   /// Bytes of payload handed to `peer` since the start (without framing).
   virtual uint64_t bytes_sent(int peer) const = 0;

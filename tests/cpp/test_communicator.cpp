@@ -263,6 +263,34 @@ void test_pairs_over_processes() {
   });
 }
 
+/// A receive is posted while its message is being put aside for another one of a later tag.
+void test_receive_of_a_message_under_way() {
+  for (const bool tcp : {false, true}) {
+    run_processes(2, [&](const Process& process) {
+      CommOptions options = small_windows();
+      options.timeout_s = 30;
+      const auto comm = connect(process, tcp ? std::to_string(process.rank) : "here", options);
+      std::vector<unsigned char> first(8 << 20), second(8);
+      for (int round = 0; round < 20; ++round) {
+        const auto value = static_cast<unsigned char>(round + 1);
+        std::vector<std::shared_ptr<Work>> works;
+        if (process.rank == 0) {
+          std::fill(first.begin(), first.end(), value);
+          works.push_back(comm->send(first.data(), first.size(), DType::uint8, 1, -1, 7));
+          works.push_back(comm->send(second.data(), second.size(), DType::uint8, 1, -1, 8));
+        } else {
+          works.push_back(comm->recv(second.data(), second.size(), DType::uint8, 0, -1, 8));
+          std::this_thread::sleep_for(std::chrono::microseconds(100 * round));
+          works.push_back(comm->recv(first.data(), first.size(), DType::uint8, round % 2 ? 0 : kAnyPeer, -1, 7));
+        }
+        for (const auto& work : works) work->wait();
+        CHECK(std::all_of(first.begin(), first.end(), [&](int b) { return b == value; }));
+        process.exchange("");
+      }
+    });
+  }
+}
+
 void test_pair_failures() {
   int32_t here[4] = {1, 2, 3, 4}, there[4] = {};
   {
@@ -381,6 +409,7 @@ int main() {
   test_abort_races_close();
   test_forked_child_lets_go(worlds);
   test_pairs_over_processes();
+  test_receive_of_a_message_under_way();
   test_killed_rank(worlds, [](int) { return "here"; });
   test_killed_rank(worlds, [](int rank) { return std::to_string(rank); });
   test_killed_rank(worlds, [](int rank) { return std::to_string(rank % 2); });
