@@ -306,7 +306,8 @@ class Reducer:
                     f"Reducer rank {self.comm.rank}: a second gradient of '{bucket.names[slot]}' came before finish(); "
                     "accumulate under no_sync(), a block for each backward, and call finish() after the last one"
                 )
-            self._place(bucket, slot)
+            if bucket.data is None or parameter.grad is not bucket.views[slot]:
+                self._place(bucket, slot)
             if not self.enabled and self.zero < 2:
                 return
             bucket.arrived[slot] = True

@@ -33,6 +33,8 @@ class _Junction:
     """A node of the trunk with twigs, and what the engine gave it."""
 
     node: Any
+    edges: Sequence[Any]
+    """The node's next_functions, which it makes anew each time."""
     twigs: list[int]
     """Numbers of the node's edges."""
     given: tuple[Tensor | None, ...] = ()
@@ -40,7 +42,7 @@ class _Junction:
     """Of each twig, what the node has computed in the first part already."""
 
     def edge(self, twig: int) -> GradientEdge:
-        return GradientEdge(*self.node.next_functions[twig])
+        return GradientEdge(*self.edges[twig])
 
     def keep(self, computed: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:
         """A hook of the node."""
@@ -102,25 +104,27 @@ class _Graph:
 
     def __init__(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
         self.trunk: dict[Any, bool] = dict.fromkeys(inputs, True)
-        self.degrees: Counter[Any] = Counter(outputs)
+        self.degrees: dict[Any, int] = dict(Counter(outputs))
         self.junctions: list[_Junction] = []
-        stack = [(node, False) for node in outputs]
+        stack: list[tuple[Any, Sequence[Any] | None]] = [(node, None) for node in outputs]
         while stack:
-            node, seen = stack.pop()
-            children = [child for child, _ in node.next_functions if child is not None]
-            if seen:
-                self._leave(node, children)
+            node, edges = stack.pop()
+            if edges is not None:
+                self._leave(node, edges)
             elif node not in self.trunk:
                 self.trunk[node] = False
-                self.degrees.update(children)
-                stack.append((node, True))
-                stack.extend((child, False) for child in children)
+                edges = node.next_functions
+                stack.append((node, edges))
+                for child, _ in edges:
+                    if child is not None:
+                        self.degrees[child] = self.degrees.get(child, 0) + 1
+                        stack.append((child, None))
 
-    def _leave(self, node: Any, children: Sequence[Any]) -> None:
-        self.trunk[node] = any(self.trunk[child] for child in children)
-        if self.trunk[node] and not all(self.trunk[child] for child in children):
-            edges = enumerate(child for child, _ in node.next_functions)
-            self.junctions.append(_Junction(node, [i for i, c in edges if c is not None and not self.trunk[c]]))
+    def _leave(self, node: Any, edges: Sequence[Any]) -> None:
+        twigs = [i for i, (child, _) in enumerate(edges) if child is not None and not self.trunk[child]]
+        self.trunk[node] = any(child is not None and self.trunk[child] for child, _ in edges)
+        if self.trunk[node] and twigs:
+            self.junctions.append(_Junction(node, edges, twigs))
 
 
 def _twigs(junction: _Junction) -> list[tuple[GradientEdge, Tensor]]:
