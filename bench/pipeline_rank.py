@@ -43,7 +43,7 @@ class Task:
     batch: int = 16
     microbatches: int = 8
     vocabulary: int = 512
-    rounds: int = 9
+    rounds: int = 15
     seconds: float = 0.0
     """Of an emulated F, B or W; 0: a real model beside torch's."""
 
