@@ -9,8 +9,9 @@ Of the graph that forward leaves, the nodes from which an input can be reached a
 
 inputs()    runs the engine down the trunk. A node computes nothing that nobody asks for, and asked for are the inputs
             only. What each node was given is kept.
-weights()   asks each node again, with what it was given, for its twigs alone; then runs the engine up all twigs at
-            once, so that hooks of parameters see one gradient each.
+weights()   asks each node again, with what it was given, for its twigs alone, node by node, so that a gradient is added
+            up while it is in the cache. Twigs that lead to one weight are run at once in the end, so that its hooks
+            see one gradient.
 
 A node in Python (torch.autograd.Function) computes all of its gradients at the first call; those are kept and used.
 Twigs that meet, as those of a weight that is used twice, are computed in the first part, too.
@@ -44,6 +45,11 @@ class _Junction:
     def edge(self, twig: int) -> GradientEdge:
         return GradientEdge(*self.edges[twig])
 
+    def again(self) -> tuple[list[GradientEdge], list[Tensor]]:
+        """What the engine is to begin with, to get at the twigs once more."""
+        kept = [(GradientEdge(self.node, i), gradient) for i, gradient in enumerate(self.given) if gradient is not None]
+        return [edge for edge, _ in kept], [gradient for _, gradient in kept]
+
     def keep(self, computed: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:
         """A hook of the node."""
         self.given = given
@@ -62,7 +68,7 @@ class SplitBackward:
         self._inputs = [get_gradient_edge(x) for x in inputs]
         self._gradients: list[Tensor | None] = []
         graph = _Graph([get_gradient_edge(x).node for x in self._outputs], [edge.node for edge in self._inputs])
-        self._junctions = graph.junctions
+        self._junctions, self._degrees = graph.junctions, graph.degrees
         self._apart = [i for i, x in enumerate(self._outputs) if not graph.trunk[get_gradient_edge(x).node]]
         """Outputs from which no input can be reached: the second part begins with them."""
         self._at_once = [
@@ -90,12 +96,41 @@ class SplitBackward:
         roots: list[Any] = [self._outputs[i] for i in self._apart]
         gradients = [self._gradients[i] for i in self._apart]
         for junction in self._junctions:
-            for edge, gradient in _twigs(junction):
+            weights, left = self._own_weights(junction)
+            edges, given = junction.again()
+            if weights and edges:
+                torch.autograd.backward(edges, given, retain_graph=True, inputs=weights)
+            for edge, gradient in _twigs(junction, left):
                 roots.append(edge)
                 gradients.append(gradient)
-        self._junctions = []
+        self._junctions, self._degrees = [], {}
         if roots:
             torch.autograd.backward(roots, gradients)
+
+    def _own_weights(self, junction: _Junction) -> tuple[list[Tensor], list[int]]:
+        """The weights that nothing but twigs of this node leads to, one twig to each, and the other twigs' places."""
+        weights: list[Tensor] = []
+        left = []
+        for place, twig in enumerate(junction.twigs):
+            found = None if junction.found[place] is not None else self._weights_below(junction.edge(twig).node)
+            if found is None:
+                left.append(place)
+            else:
+                weights += found
+        return weights, left
+
+    def _weights_below(self, node: Any) -> list[Tensor] | None:
+        """None: something else leads there, too."""
+        weights: list[Tensor] = []
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if self._degrees[node] > 1:
+                return None
+            if (weight := getattr(node, "variable", None)) is not None:
+                weights.append(weight)
+            stack.extend(child for child, _ in node.next_functions if child is not None)
+        return weights
 
 
 class _Graph:
@@ -127,16 +162,13 @@ class _Graph:
             self.junctions.append(_Junction(node, edges, twigs))
 
 
-def _twigs(junction: _Junction) -> list[tuple[GradientEdge, Tensor]]:
-    """(edge, gradient) of each twig that has one."""
-    found = list(junction.found)
-    missing = [i for i, gradient in enumerate(found) if gradient is None]
-    roots = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.given) if g is not None]
-    if missing and roots:
-        asked = torch.autograd.grad(
-            [edge for edge, _ in roots], [junction.edge(junction.twigs[i]) for i in missing], [g for _, g in roots],
-            retain_graph=True, allow_unused=True,
-        )  # fmt: skip
-        for i, gradient in zip(missing, asked, strict=True):
-            found[i] = gradient
-    return [(junction.edge(twig), g) for twig, g in zip(junction.twigs, found, strict=True) if g is not None]
+def _twigs(junction: _Junction, places: Sequence[int]) -> list[tuple[GradientEdge, Tensor]]:
+    """(edge, gradient) of each twig at those places that has one."""
+    found = {place: junction.found[place] for place in places}
+    missing = [place for place, gradient in found.items() if gradient is None]
+    edges, given = junction.again()
+    if missing and edges:
+        asked = [junction.edge(junction.twigs[place]) for place in missing]
+        gradients = torch.autograd.grad(edges, asked, given, retain_graph=True, allow_unused=True)
+        found.update(zip(missing, gradients, strict=True))
+    return [(junction.edge(junction.twigs[place]), g) for place, g in found.items() if g is not None]
