@@ -290,7 +290,7 @@ void StreamExecutor::look() {
     broken = error;
   }
   // A kernel's report is there before the kernel is complete.
-  look_at_report();
+  look_at_report(finished);
   if (broken) break_down(*broken);
   for (const Pending& pending : finished) pending.work->complete(outcome(pending));
   tell_stuck();
@@ -324,12 +324,21 @@ void StreamExecutor::break_down(const Error& error) {
   }
 }
 
-void StreamExecutor::look_at_report() {
+void StreamExecutor::look_at_report(const std::vector<Pending>& finished) {
   if (own_failure_ || load((*board_)->report.ready) == 0) return;
   const Report report = (*board_)->report;
   failed_sequence_ = static_cast<uint32_t>(report.sequence);
-  own_failure_ = explain(report);
+  own_failure_ = explain(report, find_job(failed_sequence_, finished));
   hooks_.fail(*own_failure_);
+}
+
+DeviceJob StreamExecutor::find_job(uint32_t sequence, const std::vector<Pending>& finished) {
+  for (const Pending& pending : finished)
+    if (pending.job.signature.sequence == sequence) return pending.job;
+  const std::lock_guard lock(mutex_);
+  for (const Pending& pending : pending_)
+    if (pending.job.signature.sequence == sequence) return pending.job;
+  return captured_.at(sequence);
 }
 
 void StreamExecutor::tell_stuck() {
@@ -359,15 +368,7 @@ std::string StreamExecutor::where(const DeviceJob& job) const {
 }
 
 /// What a kernel gave up with, in words.
-Error StreamExecutor::explain(const Report& report) {
-  DeviceJob job;
-  {
-    const std::lock_guard lock(mutex_);
-    const auto sequence = static_cast<uint32_t>(report.sequence);
-    for (const Pending& pending : pending_)
-      if (pending.job.signature.sequence == sequence) job = pending.job;
-    if (!job.plan) job = captured_.at(sequence);
-  }
+Error StreamExecutor::explain(const Report& report, const DeviceJob& job) const {
   std::string text = where(job);
   const auto instruction = static_cast<int32_t>(report.instruction);
   if (instruction >= 0) text += name_of_place(*job.plan, static_cast<size_t>(instruction));

@@ -74,10 +74,11 @@ class StreamExecutor final : public DeviceExecutor, public std::enable_shared_fr
   /// One look at everything. `looking_` is held.
   void look();
   std::vector<Pending> take_finished();
-  void look_at_report();
+  void look_at_report(const std::vector<Pending>& finished);
   void tell_stuck();
   std::exception_ptr outcome(const Pending& pending) const;
-  Error explain(const Report& report);
+  Error explain(const Report& report, const DeviceJob& job) const;
+  DeviceJob find_job(uint32_t sequence, const std::vector<Pending>& finished);
   void break_down(const Error& error);
   std::string where(const DeviceJob& job) const;
   bool drain();
