@@ -222,7 +222,7 @@ cudaError_t cudaDeviceSynchronize() {
   return guarded_on_device([] {
     if (!Capture::allows_unsafe_call()) return cudaErrorStreamCaptureUnsupported;
     current_gpu().synchronize();
-    return cudaSuccess;
+    return static_cast<cudaError_t>(current_gpu().error());
   });
 }
 
@@ -329,8 +329,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcp
     } else {
       stream->submit([=](Crew&) { std::memmove(to, from, nbytes); });
     }
-    if (!captured && !Memories::find(to)) stream->wait(stream->submitted());
-    return cudaSuccess;
+    return !captured && !Memories::find(to) ? finish(*stream) : cudaSuccess;
   });
 }
 

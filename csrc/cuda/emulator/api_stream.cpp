@@ -76,8 +76,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   return guarded([&] {
     const std::shared_ptr<Stream> stream = is_default(handle) ? current_gpu().default_stream() : handle->stream;
     if (spoils_capture(*stream)) return cudaErrorStreamCaptureUnsupported;
-    stream->wait(stream->submitted());
-    return failure_of(*stream);
+    return finish(*stream);
   });
 }
 

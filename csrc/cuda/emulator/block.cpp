@@ -53,6 +53,8 @@ void Block::run(Launch& launch, uint64_t number) {
   happens_before(&geometry_);
   running = this;
   run_rounds();
+  for (unsigned i = 0; i < count_; ++i)
+    if (threads_[i].state != State::done) threads_[i].fiber.forsake(scheduler_, this);
   running = nullptr;
   position = nullptr;
   happens_after(this);
@@ -116,7 +118,7 @@ PARACOMM_EMULATOR_UNSEEN void Block::end_thread() {
   check_barrier();
   thread.state = State::done;
   happens_before(this);
-  thread.fiber.switch_to(scheduler_, true);
+  thread.fiber.switch_to(scheduler_);
 }
 
 PARACOMM_EMULATOR_UNSEEN void Block::run_rounds() {
@@ -330,7 +332,7 @@ void Block::blame_current(const std::string& why) {
 
 /// Leaves a failed block. The frames of its threads are forgotten: they must own nothing.
 PARACOMM_EMULATOR_UNSEEN void Block::abandon() {
-  current_->fiber.switch_to(scheduler_, true);
+  current_->fiber.switch_to(scheduler_);
   std::abort();  // not reached
 }
 
@@ -356,7 +358,7 @@ std::string Block::who_waits() const {
   return text;
 }
 
-std::string Block::waiting_for(const DeviceThread& thread) {
+PARACOMM_EMULATOR_UNSEEN std::string Block::waiting_for(const DeviceThread& thread) {
   switch (thread.state) {
     case State::ready:
       return "can run";
@@ -373,7 +375,7 @@ std::string Block::waiting_for(const DeviceThread& thread) {
 }
 
 /// " GPU 2 + 0x40, which stays 0x7, and ...".
-std::string Block::polled_by(const DeviceThread& thread) {
+PARACOMM_EMULATOR_UNSEEN std::string Block::polled_by(const DeviceThread& thread) {
   std::string text;
   for (const DeviceThread::Observation& observation : thread.observations) {
     if (!observation.again) continue;

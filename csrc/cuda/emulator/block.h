@@ -20,13 +20,13 @@ class Gpu;
 class Random {
  public:
   explicit Random(uint64_t seed = 0) : state_(seed) {}
-  uint64_t next() {
+  PARACOMM_EMULATOR_UNSEEN uint64_t next() {
     uint64_t bits = state_ += 0x9e3779b97f4a7c15;
     bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9;
     bits = (bits ^ (bits >> 27)) * 0x94d049bb133111eb;
     return bits ^ (bits >> 31);
   }
-  bool one_in(unsigned n) { return next() % n == 0; }
+  PARACOMM_EMULATOR_UNSEEN bool one_in(unsigned n) { return next() % n == 0; }
 
  private:
   uint64_t state_;
@@ -46,8 +46,8 @@ struct Kernel {
 struct Launch {
   const Kernel& kernel;
   Gpu& gpu;
-  uint64_t seed = 0;  ///< 0: not disturbed
-  std::atomic<uint64_t> next_block{0};
+  uint64_t seed = 0;                    ///< 0: not disturbed
+  std::atomic<uint64_t> next_block{0};  ///< for those who have run their first
   std::atomic<bool> failed{false};
 };
 

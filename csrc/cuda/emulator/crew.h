@@ -24,8 +24,17 @@ class Crew {
   void run(const Kernel& kernel);
 
  private:
+  struct Place {
+    Launch* launch = nullptr;
+    unsigned number = 0;  ///< of the block to begin with
+    explicit operator bool() const noexcept { return launch != nullptr; }
+  };
+  void offer(Launch& launch, unsigned helpers);
+  void wait_for_helpers();
   void help();
-  static void run_blocks(Launch& launch, std::unique_ptr<Block>& block);
+  Place take_place();
+  void leave_launch();
+  static void run_blocks(Launch& launch, uint64_t number, std::unique_ptr<Block>& block);
 
   Gpu& gpu_;
   uint64_t launches_ = 0;
@@ -33,7 +42,7 @@ class Crew {
   std::mutex mutex_;
   std::condition_variable wanted_, finished_;
   Launch* launch_ = nullptr;
-  unsigned places_ = 0;   ///< helpers that the launch still lacks
+  unsigned places_ = 0;   ///< helpers that the launch still lacks: block 1 to `places_` wait for one
   unsigned helping_ = 0;  ///< helpers that it has, or lacks
   bool ending_ = false;
   std::vector<std::thread> helpers_;

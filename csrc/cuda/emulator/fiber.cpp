@@ -78,6 +78,7 @@ namespace paracomm::emulator {
 namespace {
 
 constexpr uint64_t kCanary = 0x5afe57ac5afe57ac;
+constexpr size_t kGuardBytes = 4096;
 
 /// The stack as paracomm_emulator_switch would have left it, had `entry` been about to run.
 void* first_frame(std::byte* stack, void (*entry)()) {
@@ -98,17 +99,21 @@ void* first_frame(std::byte* stack, void (*entry)()) {
 
 }  // namespace
 
-Stacks::~Stacks() {
-  if (base_ != nullptr) ::munmap(base_, count_ * kBytes);
+Stacks::~Stacks() { release(); }
+
+void Stacks::release() {
+  if (base_ != nullptr) ::munmap(base_ - kGuardBytes, count_ * kBytes + kGuardBytes);
 }
 
 void Stacks::reserve(size_t count) {
   if (count <= count_) return;
-  void* base =
-      ::mmap(nullptr, count * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (base == MAP_FAILED) throw std::bad_alloc();
-  if (base_ != nullptr) ::munmap(base_, count_ * kBytes);
-  base_ = static_cast<std::byte*>(base);
+  const size_t nbytes = count * kBytes + kGuardBytes;
+  void* room = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (room == MAP_FAILED) throw std::bad_alloc();
+  // One for all: a page between each two would use up the mappings that a process may have. See stack_is_sound().
+  ::mprotect(room, kGuardBytes, PROT_NONE);
+  release();
+  base_ = static_cast<std::byte*>(room) + kGuardBytes;
   count_ = count;
 }
 
@@ -133,7 +138,6 @@ void Fiber::prepare(std::byte* stack, void (*entry)()) {
 #endif
 #if PARACOMM_EMULATOR_ASAN
   permit(stack, Stacks::kBytes);
-  fake_stack_ = nullptr;
   bottom_ = stack;
   nbytes_ = Stacks::kBytes;
 #endif
@@ -142,10 +146,11 @@ void Fiber::prepare(std::byte* stack, void (*entry)()) {
   stack_pointer_ = first_frame(stack, entry);
 }
 
-PARACOMM_EMULATOR_UNSEEN void Fiber::switch_to(Fiber& next, [[maybe_unused]] bool for_good) {
+PARACOMM_EMULATOR_UNSEEN void Fiber::switch_to(Fiber& next) {
 #if PARACOMM_EMULATOR_ASAN
+  // What ASan keeps for the frames of a fiber stays for the next kernel on it: to give it back costs a system call.
   next.came_from_ = this;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack_, next.bottom_, next.nbytes_);
+  __sanitizer_start_switch_fiber(&fake_stack_, next.bottom_, next.nbytes_);
 #endif
 #if PARACOMM_EMULATOR_TSAN
   __tsan_switch_to_fiber(next.tsan_, 1);  // 1: this orders nothing
@@ -163,6 +168,14 @@ void Fiber::arrived() { __sanitizer_finish_switch_fiber(fake_stack_, &came_from_
 void Fiber::entered() {
 #if PARACOMM_EMULATOR_ASAN
   arrived();
+#endif
+}
+
+PARACOMM_EMULATOR_UNSEEN void Fiber::forsake([[maybe_unused]] Fiber& caller, [[maybe_unused]] const void* address) {
+#if PARACOMM_EMULATOR_TSAN
+  __tsan_switch_to_fiber(tsan_, 1);
+  __tsan_release(const_cast<void*>(address));
+  __tsan_switch_to_fiber(caller.tsan_, 1);
 #endif
 }
 

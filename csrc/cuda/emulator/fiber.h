@@ -23,6 +23,8 @@ class Stacks {
   std::byte* stack(size_t index) const noexcept { return base_ + index * kBytes; }
 
  private:
+  void release();
+
   std::byte* base_ = nullptr;
   size_t count_ = 0;
 };
@@ -39,8 +41,10 @@ class Fiber {
   void adopt_thread();
   /// To begin with `entry` (which never returns) on this stack, whatever ran there before.
   void prepare(std::byte* stack, void (*entry)());
-  /// Goes on with `next`; returns when somebody switches back here. `for_good`: nobody will.
-  void switch_to(Fiber& next, bool for_good = false);
+  /// Goes on with `next`; returns when somebody switches back here.
+  void switch_to(Fiber& next);
+  /// Never goes on: what it did `happens_before(address)`. The calling thread is the one adopted by `caller`.
+  void forsake(Fiber& caller, const void* address);
   /// To be called first of all by `entry`.
   void entered();
   /// False: a frame has run over the end of the stack, and into its neighbour.

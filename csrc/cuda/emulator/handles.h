@@ -65,12 +65,15 @@ api::cudaError_t guarded(Call call) {
 template <class Call>
 api::cudaError_t guarded_on_device(Call call) {
   return guarded([&] {
-    if (const int error = current_gpu().error(); error != 0) return static_cast<api::cudaError_t>(error);
-    const api::cudaError_t result = call();
-    // A call that waited may have seen the failure.
     const int error = current_gpu().error();
-    return result == api::cudaSuccess && error != 0 ? static_cast<api::cudaError_t>(error) : result;
+    return error != 0 ? static_cast<api::cudaError_t>(error) : call();
   });
+}
+
+/// Waits for what the stream was given so far.
+inline api::cudaError_t finish(const Stream& stream) {
+  stream.wait(stream.submitted());
+  return static_cast<api::cudaError_t>(stream.gpu().error());
 }
 
 }  // namespace paracomm::emulator
