@@ -104,7 +104,9 @@ __device__ inline bool begin(Block& block, const Fabric& fabric) {
     if (told_to_stop(fabric)) leave(block, fabric);
   }
   __syncthreads();
-  return block.stop == 0;
+  const bool stop = block.stop != 0;
+  __syncthreads();  // from here on a thread that gives up may set it, and all must have seen the same
+  return !stop;
 }
 
 }  // namespace paracomm::PARACOMM_DEVICE_NAMESPACE

@@ -78,9 +78,11 @@ __device__ inline const std::byte* receive(Block& block, const Fabric& fabric, c
   };
   if (wait_until(block, fabric, spot, arrived)) is_same_call(block, fabric, flag, spot);
 
-  const bool credits = operand.last || PARACOMM_PLANTED(Plant::credit_of_any);
-  block.flags[j] = credits ? word_at(block.arenas[operand.peer], fabric.layout.credit(channel, fabric.rank)) : nullptr;
+  // Of several messages from one peer only the last gives credit: another's might come later and say less.
+  block.flags[j] =
+      operand.last ? word_at(block.arenas[operand.peer], fabric.layout.credit(channel, fabric.rank)) : nullptr;
   block.numbers[j] = cursor.number << 32 | (cursor.head & 0xffffffffu);
+  if (PARACOMM_PLANTED(Plant::credit_too_early) && operand.last) store_release(block.flags[j], block.numbers[j]);
   return own + fabric.layout.ring(channel, operand.peer) + begin * kUnit;
 }
 
@@ -152,7 +154,7 @@ __device__ inline void write_flags(const Block& block, const Instruction& instru
   for (int j = static_cast<int>(threadIdx.x); j < all; j += static_cast<int>(blockDim.x)) {
     if (block.flags[j] == nullptr) continue;
     const bool credit = j < instruction.sources;
-    if (credit && PARACOMM_PLANTED(Plant::no_credit)) continue;
+    if (credit && (PARACOMM_PLANTED(Plant::no_credit) || PARACOMM_PLANTED(Plant::credit_too_early))) continue;
     if (PARACOMM_PLANTED(credit ? Plant::credit_relaxed : Plant::publish_relaxed))
       store_relaxed(block.flags[j], block.numbers[j]);
     else
@@ -179,11 +181,10 @@ __device__ __forceinline__ bool execute(Block& block, const Arguments& args, con
   find_operands<E>(block, args, instruction, nbytes, tile);
   if (!PARACOMM_PLANTED(Plant::data_before_flag)) __syncthreads();
   if (block.stop != 0) return false;
-  if (PARACOMM_PLANTED(Plant::credit_too_early)) write_flags(block, instruction);
   move_data<E>(block, args, instruction, count);
   move_cursors(block, args, instruction, nbytes);
   if (!PARACOMM_PLANTED(Plant::publish_before_data)) __syncthreads();
-  if (!PARACOMM_PLANTED(Plant::credit_too_early)) write_flags(block, instruction);
+  write_flags(block, instruction);
   return true;
 }
 

@@ -13,7 +13,6 @@ enum class Plant : int {
   send_without_slots,       ///< only bytes are looked at, not the number of messages
   credit_too_early,         ///< the receiver gives the ring back before it has read it
   no_credit,                ///< the receiver never gives the ring back
-  credit_of_any,            ///< of several messages from one peer, any may say how far the receiver is
   receive_without_wait,     ///< the flag of a message is not looked at
   receive_relaxed,          ///< the flag is read without acquire
   publish_relaxed,          ///< the flag is written without release
