@@ -21,16 +21,16 @@ CTEST := ctest --output-on-failure --no-tests=error
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 native_sources := CMakeLists.txt setup.py pyproject.toml paracomm/version.py \
-  $(shell find src csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.map' \) 2>/dev/null)
+  $(shell find src csrc -type f \( -name CMakeLists.txt -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.map' \) 2>/dev/null)
 cpp_files = $(shell find src csrc tests/cpp bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 python_files := paracomm tests bench examples setup.py
 
 EXAMPLES := example-language example-translation example-answering example-summaries
 
-.PHONY: help build train test test-cpp test-python test-kernels slow bench wheel sanitize lint format clean
+.PHONY: help build train test test-cpp test-python test-kernels slow bench wheel sanitize coverage-cuda lint format clean
 .PHONY: examples $(EXAMPLES)
 help:
-	@echo 'make train | examples | test | bench | wheel | sanitize | lint | format | build | slow | clean   (RANKS, TRAIN_ARGS, ...)'
+	@echo 'make train | examples | test | bench | wheel | sanitize | coverage-cuda | lint | format | build | slow | clean   (RANKS, TRAIN_ARGS, ...)'
 
 # --- environment: a stamp a step, so that a second run starts at once ---
 $(VENV)/.created:
@@ -109,6 +109,14 @@ sanitize: $(VENV)/.dev
 	cmake -S . -B build/tsan $(CPP_BUILD) -DPARACOMM_SANITIZE=thread $(SANITIZER_BUILD)
 	cmake --build build/tsan --parallel $(JOBS)
 	TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $(FIXED_ADDRESSES) $(CTEST) --test-dir build/tsan
+
+# The lines of the device source that its tests run on emulated GPUs: 95 % at least.
+coverage-cuda: $(VENV)/.dev
+	cmake -S . -B build/coverage $(CPP_BUILD) -DPARACOMM_COVERAGE=ON $(SANITIZER_BUILD)
+	cmake --build build/coverage --parallel $(JOBS)
+	find build/coverage -name '*.gcda' -delete
+	$(CTEST) --test-dir build/coverage --tests-regex 'stream|cuda'
+	$(PY) tests/line_coverage.py build/coverage
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check $(python_files)

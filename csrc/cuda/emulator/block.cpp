@@ -24,7 +24,7 @@ constexpr long kNapNs = 50'000;         // between later rounds: the cores are n
 constexpr unsigned kYieldAfter = 64;    // observations: a thread that polls very many places hands over as well
 constexpr std::byte kGarbage{0xcb};
 
-constinit thread_local Block* running __attribute__((tls_model("initial-exec"))) = nullptr;
+constinit thread_local Block* running = nullptr;
 
 std::string at(Where where) {
   const std::string file = where.file_name();

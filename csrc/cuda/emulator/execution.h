@@ -22,7 +22,7 @@ struct Position {
   uint32_t lane = 0;
   const Geometry* geometry = nullptr;
 };
-extern constinit thread_local const Position* position __attribute__((tls_model("initial-exec")));
+extern constinit thread_local const Position* position;
 
 PARACOMM_EMULATOR_UNSEEN inline api::uint3 thread_index() { return position->thread; }
 PARACOMM_EMULATOR_UNSEEN inline api::uint3 block_index() { return position->geometry->block; }
