@@ -40,7 +40,7 @@ __device__ inline void leave(Block& block, const Fabric& fabric) {
   store_relaxed(fabric.watch.stop, 1);
   Board& board = *fabric.watch.board;
   // Calls run one after the other, so that whoever finds 0 here belongs to the first call.
-  if (load_relaxed(&board.left_at) == 0) store_release(&board.left_at, fabric.signature[0] & 0xffffffffu);
+  if (load_relaxed(&board.left_at) == 0) store_relaxed(&board.left_at, fabric.signature[0] & 0xffffffffu);
 }
 
 __device__ inline void report(Block& block, const Fabric& fabric, const Spot& spot, const uint64_t* seen) {
@@ -53,7 +53,10 @@ __device__ inline void report(Block& block, const Fabric& fabric, const Spot& sp
     to.peer = static_cast<uint64_t>(spot.peer);
     to.sequence = fabric.signature[0] & 0xffffffffu;
     for (int i = 0; i < kWords; ++i) to.seen[i] = seen == nullptr ? 0 : seen[i];
-    store_release(&to.ready, 1);
+    if (PARACOMM_PLANTED(Plant::report_relaxed))
+      store_relaxed(&to.ready, 1);
+    else
+      store_release(&to.ready, 1);
   }
   leave(block, fabric);
 }
@@ -103,9 +106,10 @@ __device__ inline bool begin(Block& block, const Fabric& fabric) {
     block.deadline = fabric.watch.timeout_ns > ~uint64_t{0} - now ? ~uint64_t{0} : now + fabric.watch.timeout_ns;
     if (told_to_stop(fabric)) leave(block, fabric);
   }
-  __syncthreads();
+  if (!PARACOMM_PLANTED(Plant::begin_apart)) __syncthreads();
   const bool stop = block.stop != 0;
-  __syncthreads();  // from here on a thread that gives up may set it, and all must have seen the same
+  if (!PARACOMM_PLANTED(Plant::leave_apart))
+    __syncthreads();  // from here on a thread that gives up may set it, and all must have seen the same
   return !stop;
 }
 

@@ -11,12 +11,16 @@ namespace paracomm {
 namespace cuda {
 /// GPUs of this machine that can be used; 0 where there are none, and `why` says the reason then.
 int device_count(std::string* why = nullptr);
+/// What suits most.
+DeviceOptions default_options();
 /// Throws Error(invalid_argument) if there is no such device.
 std::shared_ptr<DeviceExecutor> make_device_executor(int device, const DeviceOptions& options, DeviceHooks hooks);
 }  // namespace cuda
 
 namespace emulated {
 int device_count(std::string* why = nullptr);
+/// Fewer threads: each is a fiber.
+DeviceOptions default_options();
 std::shared_ptr<DeviceExecutor> make_device_executor(int device, const DeviceOptions& options, DeviceHooks hooks);
 }  // namespace emulated
 

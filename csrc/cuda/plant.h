@@ -34,7 +34,13 @@ enum class Plant : int {
   stage_one_buffer,         ///< the staging buffer is not doubled
   stage_same_number,        ///< a stage has the number that it had in the call before
   stage_skips_gather_wait,  ///< two-shot: parts are gathered before their owners have reduced them
+  stage_sources_unset,      ///< no barrier between the choice of the sources and their use
+  calls_not_kept,           ///< the next launch believes that it is the same call
+  // every kernel
+  begin_apart,  ///< no barrier between a block's setting up and its work
+  leave_apart,  ///< a thread may give up while others still look whether to begin
   // giving up
+  report_relaxed,     ///< the report is said to be ready without release
   abort_not_seen,     ///< a wait does not look at the abort word
   deadline_not_seen,  ///< a wait has no end
 };

@@ -106,7 +106,7 @@ __device__ __forceinline__ void reduce_range(Block& block, const ShotArguments& 
   for (int p = static_cast<int>(threadIdx.x); p < layout.world_size; p += static_cast<int>(blockDim.x))
     block.sources[p] = block.arenas[p] + layout.staging(buffer);
   if (threadIdx.x == 0) block.destinations[0] = to;
-  __syncthreads();
+  if (!PARACOMM_PLANTED(Plant::stage_sources_unset)) __syncthreads();
   if (range.begin >= range.end) return;
   const Lists lists{block, layout.world_size, 1, range.begin * sizeof(typename E::Stored)};
   reduce<E>(lists, range.end - range.begin, args.op, args.divisor);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) all_reduce_shot(const __grid_c
     }
   }
   tell(block, fabric, call, kDone);
-  if (threadIdx.x == 0) calls = call.number + 1;
+  if (threadIdx.x == 0 && !PARACOMM_PLANTED(Plant::calls_not_kept)) calls = call.number + 1;
 }
 
 /// Until nobody will write to this rank's memory or read it any more: peers give credit for what they have read.

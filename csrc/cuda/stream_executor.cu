@@ -501,6 +501,16 @@ int device_count(std::string* why) {
   return 0;
 }
 
+DeviceOptions default_options() {
+  DeviceOptions options;
+#if defined(PARACOMM_EMULATED)
+  options.channels = 2;
+  options.threads = 32;
+  options.shot_blocks = 2;
+#endif
+  return options;
+}
+
 std::shared_ptr<DeviceExecutor> make_device_executor(int device, const DeviceOptions& options, DeviceHooks hooks) {
   std::string why;
   const int count = device_count(&why);

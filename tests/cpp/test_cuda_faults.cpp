@@ -173,6 +173,11 @@ std::vector<Fault> all_faults() {
       {Plant::stage_one_buffer, "stage_one_buffer", false, one_shot},
       {Plant::stage_same_number, "stage_same_number", false, one_shot},
       {Plant::stage_skips_gather_wait, "stage_skips_gather_wait", false, two_shot},
+      {Plant::stage_sources_unset, "stage_sources_unset", false, two_shot},
+      {Plant::calls_not_kept, "calls_not_kept", false, one_shot},
+      {Plant::begin_apart, "begin_apart", false, ring()},
+      {Plant::leave_apart, "leave_apart", true, peer_that_does_not_come},
+      {Plant::report_relaxed, "report_relaxed", true, peer_that_does_not_come},
       {Plant::abort_not_seen, "abort_not_seen", false, abort_of_a_peer},
       {Plant::deadline_not_seen, "deadline_not_seen", false, peer_that_does_not_come},
   };
