@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,15 @@ def compile_for(source: Path, architecture: str, folder: Path) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
-def check_kernels(source: Path, architecture: str, folder: Path) -> int:
+def check_kernels(done: subprocess.CompletedProcess[str]) -> int:
     """Fails if one needs a stack or spills; returns how many there are."""
-    done = compile_for(source, architecture, folder)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-4000:]
     assert "warning" not in output, output
     kernels = list(RESOURCES.finditer(output))
     for kernel in kernels:
         needs = {what: int(kernel[what]) for what in ("stack", "stores", "loads")}
-        assert not any(needs.values()), f"{kernel['name']} for {architecture}: {needs}"
+        assert not any(needs.values()), f"{kernel['name']}: {needs}"
     return len(kernels)
 
 
@@ -50,24 +50,41 @@ def has_kernels(source: Path) -> bool:
     return "__global__" in source.read_text()
 
 
-@needs_nvcc
-@pytest.mark.parametrize("source", [s for s in SOURCES if not has_kernels(s)], ids=lambda source: source.stem)
-def test_host_sides_compile(source: Path, tmp_path: Path) -> None:
-    assert check_kernels(source, "sm_90", tmp_path) == 0
+WITH_KERNELS = [source for source in SOURCES if has_kernels(source)]
+OTHERS = [source for source in SOURCES if not has_kernels(source)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, subprocess.CompletedProcess[str]]:
+    """All kernels for one architecture, at once: they take their time."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(WITH_KERNELS, pool.map(lambda s: compile_for(s, "sm_90", folder), WITH_KERNELS), strict=True))
+
+
+def by_stem(source: Path) -> str:
+    return source.stem
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", [s for s in SOURCES if has_kernels(s)], ids=lambda source: source.stem)
-def test_no_kernel_spills(source: Path, tmp_path: Path) -> None:
-    assert check_kernels(source, "sm_90", tmp_path) > 0
+@pytest.mark.parametrize("source", WITH_KERNELS, ids=by_stem)
+def test_no_kernel_spills(source: Path, compiled: dict[Path, subprocess.CompletedProcess[str]]) -> None:
+    assert check_kernels(compiled[source]) > 0
 
 
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "sm_90"])
-@pytest.mark.parametrize("source", [s for s in SOURCES if has_kernels(s)], ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", WITH_KERNELS, ids=by_stem)
 def test_no_kernel_spills_elsewhere(source: Path, architecture: str, tmp_path: Path) -> None:
-    assert check_kernels(source, architecture, tmp_path) > 0
+    assert check_kernels(compile_for(source, architecture, tmp_path)) > 0
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", OTHERS, ids=by_stem)
+def test_host_sides_compile(source: Path, tmp_path: Path) -> None:
+    assert check_kernels(compile_for(source, "sm_90", tmp_path)) == 0
 
 
 @needs_nvcc
@@ -82,7 +99,7 @@ def test_spills_would_be_noticed(tmp_path: Path) -> None:
         "}\n"
     )
     with pytest.raises(AssertionError, match="stack"):
-        check_kernels(source, "sm_90", tmp_path)
+        check_kernels(compile_for(source, "sm_90", tmp_path))
 
 
 # Prints a number that stands for all bits of all conversions; floats by a stride that meets every exponent and, near
