@@ -22,6 +22,7 @@ constexpr auto kStuck = 200ms;          // as the host executor: ranks tell each
 constexpr auto kStillStuck = 1s;        // and again
 constexpr auto kPatience = 2s;          // for kernels to leave, and for peers to read what was sent to them
 constexpr size_t kShotBlock = 8 << 10;  // bytes worth a block of their own
+constexpr size_t kMostUploaded = 512;   // plans on the device, but for those in graphs
 
 uint64_t load(const uint64_t& word) { return __atomic_load_n(&word, __ATOMIC_ACQUIRE); }
 
@@ -130,9 +131,11 @@ size_t StreamExecutor::window_bytes(const Program& program, const Shape& shape) 
   return PARACOMM_DEVICE_NAMESPACE::window_bytes(program, shape, layout_, options_.slice_bytes);
 }
 
-const StreamExecutor::Uploaded& StreamExecutor::upload(const std::shared_ptr<const Plan>& plan) {
+StreamExecutor::Uploaded& StreamExecutor::upload(const std::shared_ptr<const Plan>& plan) {
   const auto found = uploaded_.find(plan.get());
   if (found != uploaded_.end()) return found->second;
+  if (uploaded_.size() >= kMostUploaded && pending_.empty())
+    std::erase_if(uploaded_, [](const auto& entry) { return !entry.second.captured; });
   const Tables tables = make_tables(*plan, layout_);
   Uploaded uploaded;
   uploaded.plan = plan;
@@ -168,7 +171,7 @@ std::shared_ptr<Work> StreamExecutor::launch(const DeviceJob& job, uintptr_t str
     work->begin();
     before_->record(stream_of(stream));
     before_->hold(*stream_);
-    launch_kernel(job);
+    launch_kernel(job, capturing);
     work->complete_event.record(*stream_);
     if (capturing) {
       captured_[job.signature.sequence] = job;
@@ -186,15 +189,17 @@ std::shared_ptr<Work> StreamExecutor::launch(const DeviceJob& job, uintptr_t str
   }
 }
 
-void StreamExecutor::launch_kernel(const DeviceJob& job) {
+void StreamExecutor::launch_kernel(const DeviceJob& job, bool capturing) {
   if (is_shot(job))
     launch_shot_of(job);
   else
-    launch_plan(job);
+    launch_plan(job, capturing);
 }
 
-void StreamExecutor::launch_plan(const DeviceJob& job) {
-  InterpreterArguments args = upload(job.plan).args;
+void StreamExecutor::launch_plan(const DeviceJob& job, bool capturing) {
+  Uploaded& uploaded = upload(job.plan);
+  uploaded.captured |= capturing;
+  InterpreterArguments args = uploaded.args;
   args.fabric = fabric(job.signature, job.timeout_s);
   args.input = static_cast<const std::byte*>(job.input);
   args.output = static_cast<std::byte*>(job.output);
@@ -278,6 +283,7 @@ void StreamExecutor::watch() {
 }
 
 void StreamExecutor::look() {
+  if (!board_) return;  // closed, and all is complete
   if (hooks_.stopped->load(std::memory_order_acquire)) {
     __atomic_store_n(&(*board_)->abort, uint64_t{1}, __ATOMIC_RELEASE);
     if (patience_ends_ == Clock::time_point::max()) patience_ends_ = Clock::now() + kPatience;
@@ -428,19 +434,20 @@ void StreamExecutor::close() noexcept {
     changed_.notify_all();
   }
   if (watcher_.joinable()) watcher_.join();
+  const std::lock_guard looking(looking_);
+  bool idle = false;
   try {
     const OutsideCapture outside;
     const DeviceScope scope(device_);
-    const std::lock_guard looking(looking_);
-    const bool idle = !connected_ || drain();
-    for (const Pending& pending : pending_)
-      pending.work->complete(std::make_exception_ptr(Error(
-          ErrorKind::error, where(pending.job) + ": the communicator was closed before this operation was complete")));
-    pending_.clear();
-    release(idle);
-  } catch (...) {
-    release(false);
+    idle = !connected_ || drain();
+  } catch (const Error&) {
+    // The device has failed: nothing of it can be waited for.
   }
+  for (const Pending& pending : pending_)
+    pending.work->complete(std::make_exception_ptr(Error(
+        ErrorKind::error, where(pending.job) + ": the communicator was closed before this operation was complete")));
+  pending_.clear();
+  release(idle);
 }
 
 /// Waits for what is under way, and until peers have read what this rank sent. Returns whether the device has come to

@@ -53,20 +53,21 @@ class StreamExecutor final : public DeviceExecutor, public std::enable_shared_fr
     std::shared_ptr<Launched> work;
     Clock::time_point tell_at;
   };
-  /// A plan's tables on the device. Graphs may hold their addresses, so that they stay until the executor is closed.
+  /// A plan's tables on the device.
   struct Uploaded {
     std::shared_ptr<const Plan> plan;
     InterpreterArguments args{};
+    bool captured = false;  ///< a graph holds the addresses: they stay until the executor is closed
     DeviceMemory instructions, operands, level_begin, scratch;
   };
 
   std::byte* reach(int rank, const Card& card);
   Fabric fabric(const Signature& signature, double timeout_s) const;
-  const Uploaded& upload(const std::shared_ptr<const Plan>& plan);
+  Uploaded& upload(const std::shared_ptr<const Plan>& plan);
   template <class Row>
   DeviceMemory to_device(const std::vector<Row>& rows);
-  void launch_kernel(const DeviceJob& job);
-  void launch_plan(const DeviceJob& job);
+  void launch_kernel(const DeviceJob& job, bool capturing);
+  void launch_plan(const DeviceJob& job, bool capturing);
   bool is_shot(const DeviceJob& job) const;
   void launch_shot_of(const DeviceJob& job);
 

@@ -175,7 +175,7 @@ std::vector<Fault> all_faults() {
       {Plant::stage_skips_gather_wait, "stage_skips_gather_wait", false, two_shot},
       {Plant::stage_sources_unset, "stage_sources_unset", false, two_shot},
       {Plant::calls_not_kept, "calls_not_kept", false, one_shot},
-      {Plant::begin_apart, "begin_apart", false, ring()},
+      {Plant::begin_apart, "begin_apart", true, ring()},
       {Plant::leave_apart, "leave_apart", true, peer_that_does_not_come},
       {Plant::report_relaxed, "report_relaxed", true, peer_that_does_not_come},
       {Plant::abort_not_seen, "abort_not_seen", false, abort_of_a_peer},

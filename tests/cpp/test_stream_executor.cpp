@@ -102,9 +102,97 @@ void test_bits(const std::vector<World>& worlds) {
   }
 }
 
+/// Rank 0 sends its data twice in one instruction, and rank 1 adds both in one: x1 + x0 + x0.
+World twice() {
+  World world;
+  world.name = "reduce.twice";
+  world.size = 2;
+  const Region data{BufferId::data, 0, 1};
+  for (int rank = 0; rank < 2; ++rank) {
+    Program program;
+    program.name = "twice";
+    program.collective = Collective::reduce;
+    program.rank = rank;
+    program.world_size = 2;
+    program.root = 1;
+    program.scratch_chunks = 2;
+    program.volume = 2;
+    program.levels = 1;
+    program.pair_depth = 2;
+    for (int copy = 0; copy < 2; ++copy) {
+      Op op;
+      op.kind = rank == 0 ? OpKind::send : OpKind::recv;
+      op.src = data;
+      op.dst = {BufferId::scratch, copy, 1};
+      op.peer = 1 - rank;
+      op.level = 1;
+      program.ops.push_back(op);
+    }
+    for (int copy = 0; rank == 1 && copy < 2; ++copy) {
+      Op op;
+      op.kind = OpKind::reduce;
+      op.src = {BufferId::scratch, copy, 1};
+      op.dst = data;
+      op.level = 1;
+      op.final = copy == 1;
+      program.ops.push_back(op);
+    }
+    world.programs.push_back(program);
+  }
+  return world;
+}
+
+/// Several messages of one pair in one instruction, in rings that they wrap around in.
+void test_messages_of_one_instruction() {
+  const World world = twice();
+  DeviceOptions options = small_device();
+  options.ring_bytes = 24 << 10;
+  DeviceWorld devices(2, options);
+  Bits bits(devices);
+  run_threads(2, [&](int rank) {
+    const DeviceStream stream(rank);
+    const int program = devices[rank].add_program(world.programs[static_cast<size_t>(rank)]);
+    for (int round = 0; round < 5; ++round)
+      bits.compare(world, rank, program, {30'011}, DType::float32, ReduceOp::avg, false, stream, 0);
+  });
+}
+
+/// More shapes than the device keeps tables of.
+void test_many_shapes(const std::vector<World>& worlds) {
+  const World& world = find_world(worlds, "all_reduce.ring", 2);
+  DeviceWorld devices(2);
+  Bits bits(devices);
+  run_threads(2, [&](int rank) {
+    const DeviceStream stream(rank);
+    const int program = devices[rank].add_program(world.programs[static_cast<size_t>(rank)]);
+    for (size_t count = 1; count < 600; ++count)
+      bits.compare(world, rank, program, {count}, DType::uint8, ReduceOp::sum, true, stream, 0);
+  });
+}
+
+/// A ring that is too small for a schedule says so, on every rank, before anything is sent.
+void test_small_ring(const std::vector<World>& worlds) {
+  const World& world = find_world(worlds, "all_reduce.ring", 8);
+  DeviceOptions options = small_device();
+  options.ring_bytes = 4 << 10;
+  DeviceWorld devices(8, options);
+  const DeviceStream stream(3);
+  const DeviceBuffer buffer(Bytes(400'000));
+  Call call;
+  call.program = devices[3].add_program(world.programs[3]);
+  call.dtype = DType::float32;
+  call.count = 100'000;
+  call.input = call.output = buffer.data();
+  CHECK_THROWS(devices[3].submit_device(call, stream.number()), ErrorKind::schedule,
+               "all_reduce[ring] #1 rank 3 (thread): up to ");
+}
+
 }  // namespace
 
 int main() {
   const std::vector<World> worlds = load_worlds();
   test_bits(worlds);
+  test_messages_of_one_instruction();
+  test_many_shapes(worlds);
+  test_small_ring(worlds);
 }
