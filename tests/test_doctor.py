@@ -1,6 +1,7 @@
 """`paracomm doctor` must help most where something is missing."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,8 @@ def test_json_has_every_section() -> None:
     assert list(report) == ["build", "network", "cpu", "limits", "packages", "mpi"]
     assert report["build"]["extension"].endswith(".so")
     assert {"version", "compiler", "reduce_isa", "transports"} <= set(report["build"])
+    assert report["build"]["gpus"] > 0 or report["build"]["why_no_gpu"]
+    assert report["build"]["emulated_gpus"] == int(os.environ.get("PARACOMM_EMULATED_DEVICES", "8"))
     assert report["cpu"]["usable_cores"] >= 1
     assert report["limits"]["open_files"] > 0
     assert report["packages"]["numpy"]
