@@ -120,19 +120,17 @@ __device__ __forceinline__ void find_operands(Block& block, const Arguments& arg
   const int all = instruction.sources + instruction.destinations;
   for (int j = static_cast<int>(threadIdx.x); j < all; j += static_cast<int>(blockDim.x)) {
     const Operand operand = args.operands[instruction.first_operand + j];
-    const bool source = j < instruction.sources;
-    std::byte* address = nullptr;
-    if (operand.where != Where::message) {
-      address = local_address<E>(args, operand, tile);
-      block.flags[j] = nullptr;
-    }
-    if (source) {
+    // Where there are no elements, a local address may be null.
+    const bool local = operand.where != Where::message;
+    if (local) block.flags[j] = nullptr;
+    if (j < instruction.sources) {
       const Spot spot{Trouble::recv_timeout, operand.peer, index, tile.index};
-      block.sources[j] = address ? address : receive(block, args.fabric, operand, nbytes, spot, j);
+      block.sources[j] =
+          local ? local_address<E>(args, operand, tile) : receive(block, args.fabric, operand, nbytes, spot, j);
     } else {
       const Spot spot{Trouble::send_timeout, operand.peer, index, tile.index};
       block.destinations[j - instruction.sources] =
-          address ? address : reserve(block, args.fabric, operand, nbytes, spot, j);
+          local ? local_address<E>(args, operand, tile) : reserve(block, args.fabric, operand, nbytes, spot, j);
     }
   }
 }

@@ -43,6 +43,15 @@ uint64_t nanoseconds(double seconds) {
   return seconds >= 0 && seconds < 1e9 ? static_cast<uint64_t>(seconds * 1e9) : ~uint64_t{0};
 }
 
+/// A kernel that does not end may still use it.
+template <class T>
+void keep_for_ever(T&& kept) {
+  static std::mutex mutex;
+  static auto* const all = new std::vector<T>;
+  const std::lock_guard lock(mutex);
+  all->push_back(std::move(kept));
+}
+
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status{};
   check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
@@ -238,6 +247,11 @@ void StreamExecutor::join(const Work& work, uintptr_t stream) {
   const OutsideCapture outside;
   const DeviceScope scope(device_);
   launched->complete_event.hold(stream_of(stream));
+}
+
+void StreamExecutor::synchronize(uintptr_t stream) {
+  const DeviceScope scope(device_);
+  check(cudaStreamSynchronize(stream_of(stream)), "cudaStreamSynchronize");
 }
 
 std::shared_ptr<Bucket> StreamExecutor::bucket(const std::vector<BucketItem>& items, DType dtype) {
@@ -476,12 +490,11 @@ bool StreamExecutor::drain() {
 
 void StreamExecutor::release(bool idle) noexcept {
   if (!idle) {
-    // A kernel may still use all of it.
-    static_cast<void>(new auto(std::move(uploaded_)));
-    static_cast<void>(board_.release());
-    static_cast<void>(new auto(std::move(arena_)));
-    static_cast<void>(new auto(std::move(arenas_)));
-    static_cast<void>(new auto(std::move(stop_)));
+    keep_for_ever(std::move(uploaded_));
+    keep_for_ever(std::move(board_));
+    keep_for_ever(std::move(arena_));
+    keep_for_ever(std::move(arenas_));
+    keep_for_ever(std::move(stop_));
     return;
   }
   for (void* memory : opened_) cudaIpcCloseMemHandle(memory);
@@ -504,7 +517,16 @@ int device_count(std::string* why) {
   const cudaError_t result = cudaGetDeviceCount(&count);
   if (result == cudaSuccess && count > 0) return count;
   cudaGetLastError();
-  if (why != nullptr) *why = result == cudaSuccess ? "this machine has no GPU" : cudaGetErrorString(result);
+  if (why == nullptr) return 0;
+#if !defined(PARACOMM_EMULATED)
+  // Also the answer where there is no driver at all.
+  if (result == cudaErrorInsufficientDriver) {
+    *why = "no NVIDIA driver that CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+           std::to_string(CUDART_VERSION % 1000 / 10) + " can use";
+    return 0;
+  }
+#endif
+  *why = result == cudaSuccess ? "this machine has no GPU" : cudaGetErrorString(result);
   return 0;
 }
 

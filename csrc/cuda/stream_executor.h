@@ -34,6 +34,7 @@ class StreamExecutor final : public DeviceExecutor, public std::enable_shared_fr
   size_t window_bytes(const Program& program, const Shape& shape) const override;
   std::shared_ptr<Work> launch(const DeviceJob& job, uintptr_t stream) override;
   void join(const Work& work, uintptr_t stream) override;
+  void synchronize(uintptr_t stream) override;
   std::shared_ptr<Bucket> bucket(const std::vector<BucketItem>& items, DType dtype) override;
   void pack(const Bucket& bucket, void* flat, DType flat_dtype, double scale, uintptr_t stream) override;
   void unpack(const Bucket& bucket, const void* flat, DType flat_dtype, double scale, uintptr_t stream) override;

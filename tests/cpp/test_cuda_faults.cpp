@@ -104,8 +104,8 @@ struct Pair {
   DeviceBuffer a{Bytes(8000)}, b{Bytes(8000)};
   int program[2];
 
-  explicit Pair(const std::vector<World>& worlds) {
-    const World& world = find_world(worlds, "all_reduce.ring", 2);
+  explicit Pair(const std::vector<World>& worlds, const char* schedule = "all_reduce.ring") {
+    const World& world = find_world(worlds, schedule, 2);
     for (int r = 0; r < 2; ++r) program[r] = devices[r].add_program(world.programs[static_cast<size_t>(r)]);
   }
   std::shared_ptr<Work> submit(int rank, size_t count, double timeout_s) {
@@ -146,6 +146,12 @@ void peer_that_does_not_come(const std::vector<World>& worlds) {
   must_fail(pair.submit(0, 1000, 0.2), ErrorKind::timeout);
 }
 
+/// The first thing that the kernel does is to wait in vain.
+void root_that_does_not_come(const std::vector<World>& worlds) {
+  Pair pair(worlds, "broadcast.direct");
+  must_fail(pair.submit(0, 1000, 0.2), ErrorKind::timeout);
+}
+
 std::vector<Fault> all_faults() {
   const Scenario one_shot = shots("all_reduce.one_shot"), two_shot = shots("all_reduce.ordered");
   return {
@@ -176,7 +182,7 @@ std::vector<Fault> all_faults() {
       {Plant::stage_sources_unset, "stage_sources_unset", false, two_shot},
       {Plant::calls_not_kept, "calls_not_kept", false, one_shot},
       {Plant::begin_apart, "begin_apart", true, ring()},
-      {Plant::leave_apart, "leave_apart", true, peer_that_does_not_come},
+      {Plant::leave_apart, "leave_apart", true, root_that_does_not_come},
       {Plant::report_relaxed, "report_relaxed", true, peer_that_does_not_come},
       {Plant::abort_not_seen, "abort_not_seen", false, abort_of_a_peer},
       {Plant::deadline_not_seen, "deadline_not_seen", false, peer_that_does_not_come},

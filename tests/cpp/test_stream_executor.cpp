@@ -10,6 +10,13 @@ using namespace paracomm_test;
 
 namespace {
 
+// ThreadSanitizer takes twenty times as long; which bits come out does not depend on it.
+#if defined(__SANITIZE_THREAD__)
+constexpr size_t kOneIn = 5;
+#else
+constexpr size_t kOneIn = 1;
+#endif
+
 /// Lengths that no chunk, tile, vector or block divides; several tiles a channel in the last.
 std::vector<std::vector<size_t>> cases_of(const World& world, DType dtype) {
   const auto n = static_cast<size_t>(world.size);
@@ -51,8 +58,10 @@ class Bits {
         for (const auto& blocks : cases_of(world, dtype))
           for (const bool in_place : {false, true}) {
             if (in_place && !allows_in_place(world.collective())) continue;
+            ++turn;
+            if (turn % kOneIn != 0) continue;
             const size_t shift = turn % 3 == 0 ? size_of(dtype) : 0;
-            compare(world, rank, program, blocks, dtype, ops[turn++ % ops.size()], in_place, stream, shift);
+            compare(world, rank, program, blocks, dtype, ops[turn % ops.size()], in_place, stream, shift);
           }
       }
     }
