@@ -1,13 +1,9 @@
 // Errors, element types, build facts.
-#include <pybind11/stl.h>
-
-#include <string>
-#include <utility>
+#include <pybind11/pybind11.h>
 
 #include "core/dtype.h"
 #include "core/error.h"
 #include "core/signature.h"
-#include "cuda/device.h"
 #include "reduce/reduce.h"
 #include "register.h"
 
@@ -35,27 +31,6 @@ const char* python_name(ErrorKind kind) {
   }
 }
 
-/// What built the code for GPUs, or None.
-py::object built_with_cuda() {
-#if defined(PARACOMM_CUDA)
-  return py::str(PARACOMM_CUDA);
-#else
-  return py::none();
-#endif
-}
-
-/// How many GPUs can be used, and why none can.
-std::pair<int, std::string> gpus() {
-  std::string why;
-#if defined(PARACOMM_CUDA)
-  const int count = cuda::device_count(&why);
-#else
-  const int count = 0;
-  why = PARACOMM_NO_CUDA;
-#endif
-  return {count, why};
-}
-
 }  // namespace
 
 void register_core(py::module_& m) {
@@ -76,11 +51,6 @@ void register_core(py::module_& m) {
   m.attr("COLLECTIVES") = collectives;
   m.attr("__version__") = PARACOMM_VERSION;
   m.attr("compiler") = PARACOMM_COMPILER;
-  m.attr("cuda") = built_with_cuda();
-  m.def("gpus", &gpus, "How many GPUs can be used, and if none: why.");
-  m.def(
-      "emulated_gpus", [] { return emulated::device_count(); },
-      "How many GPUs are emulated: PARACOMM_EMULATED_DEVICES.");
   m.def("reduce_isa", &reduce_isa, "The vector instructions that reductions use on this CPU.");
   m.def("limit_reduce_isa", &limit_reduce_isa, py::arg("isa"),
         "Restrict to 'baseline', 'avx2' or 'avx512'; '' lifts it.");

@@ -432,15 +432,25 @@ Job Communicator::prepare(const Call& call, bool idle) {
   return job;
 }
 
+void Communicator::check_peers_are_here(const Program& program, const Plan& plan) const {
+  const auto check = [&](int32_t peer) {
+    if (peer < 0 || !interruption_.left[static_cast<size_t>(peer)].load(std::memory_order_acquire)) return;
+    throw Error(ErrorKind::peer_lost, where(program, sequence_ + 1) + ": rank " + std::to_string(peer) + " (" +
+                                          hosts_[static_cast<size_t>(peer)] + ") has closed its communicator");
+  };
+  for (const Instruction& instruction : plan.instructions()) {
+    for (const Source& source : instruction.sources) check(source.peer);
+    for (const Destination& to : instruction.sends) check(to.peer);
+  }
+}
+
 DeviceJob Communicator::prepare_device(const Call& call) {
   DeviceJob job;
   job.program = check_program(call);
-  for (int r = 0; r < world_size_; ++r)
-    if (interruption_.left[static_cast<size_t>(r)].load(std::memory_order_acquire))
-      throw Error(ErrorKind::peer_lost, where(*job.program, sequence_ + 1) + ": rank " + std::to_string(r) + " (" +
-                                            hosts_[static_cast<size_t>(r)] + ") has closed its communicator");
-  select_reduce(call.dtype, call.op == ReduceOp::avg && world_size_ == 1 ? ReduceOp::sum : call.op);  // throws where the operation has no meaning
+  // Throws where the operation has no meaning.
+  select_reduce(call.dtype, call.op == ReduceOp::avg && world_size_ == 1 ? ReduceOp::sum : call.op);
   job.plan = device_plans_.get(call, *job.program, true);
+  check_peers_are_here(*job.program, *job.plan);
   job.input = call.input;
   job.output = call.output;
   job.dtype = call.dtype;

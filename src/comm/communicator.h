@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "comm/plan_cache.h"
-#include "core/work.h"
 #include "core/error.h"
+#include "core/work.h"
 #include "executor/device_executor.h"
 #include "executor/host_executor.h"
 #include "schedule/plan.h"
@@ -138,6 +138,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Signature sign(const Call& call, const Program& program, Processor processor);
   Job prepare(const Call& call, bool idle);
   DeviceJob prepare_device(const Call& call);
+  /// Throws where a rank that has left, whose device memory may be gone, is to send or receive. What it sent before was
+  /// received before it left.
+  void check_peers_are_here(const Program& program, const Plan& plan) const;
   /// Throws in a forked child, before it can wait for a lock that no thread of it will ever give back.
   void check_process() const;
   /// "all_reduce[ring] #7 rank 3 (hostB)".

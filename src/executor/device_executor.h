@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "core/work.h"
 #include "core/error.h"
+#include "core/work.h"
 #include "schedule/plan.h"
 
 namespace paracomm {
@@ -84,6 +84,8 @@ class DeviceExecutor : public Runner {
   virtual std::shared_ptr<Work> launch(const DeviceJob& job, uintptr_t stream) = 0;
   /// `stream` goes on when `work` is complete. Does not block.
   virtual void join(const Work& work, uintptr_t stream) = 0;
+  /// Returns when what `stream` holds so far is complete. Blocks.
+  virtual void synchronize(uintptr_t stream) = 0;
 
   /// The pointers go to the device once; a bucket may then be packed and unpacked often. Blocks.
   virtual std::shared_ptr<Bucket> bucket(const std::vector<BucketItem>& items, DType dtype) = 0;
