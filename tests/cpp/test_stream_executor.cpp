@@ -179,6 +179,21 @@ void test_many_shapes(const std::vector<World>& worlds) {
   });
 }
 
+/// No elements need no memory: null pointers, in every schedule.
+void test_nothing(const std::vector<World>& worlds) {
+  DeviceWorld devices(3);
+  run_threads(3, [&](int rank) {
+    const DeviceStream stream(rank);
+    for (const World& world : of_size(worlds, 3)) {
+      Call call;
+      call.program = devices[rank].add_program(world.programs[static_cast<size_t>(rank)]);
+      call.dtype = DType::float32;
+      call.timeout_s = 10;
+      devices[rank].submit_device(call, stream.number())->wait();
+    }
+  });
+}
+
 /// A ring that is too small for a schedule says so, on every rank, before anything is sent.
 void test_small_ring(const std::vector<World>& worlds) {
   const World& world = find_world(worlds, "all_reduce.ring", 8);
@@ -203,5 +218,6 @@ int main() {
   test_bits(worlds);
   test_messages_of_one_instruction();
   test_many_shapes(worlds);
+  test_nothing(worlds);
   test_small_ring(worlds);
 }
