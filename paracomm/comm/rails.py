@@ -84,7 +84,7 @@ class Rails:
                     self._cross(x, op, timeout_s)
                 return ends[0]
         except Exception as error:
-            self._give_up(f"all_reduce over rails raised {type(error).__name__}: {error}")
+            self.abort(f"all_reduce over rails raised {type(error).__name__}: {error}")
             raise
 
     def _cross(self, x: Any, op: str, timeout_s: float | None) -> None:
@@ -106,19 +106,20 @@ class Rails:
         if whole is not x:
             assign(native(x), whole)
 
-    def _give_up(self, why: str) -> None:
+    def abort(self, why: str) -> None:
+        """Gives up on every rank: whoever waits, here and elsewhere, raises Error."""
         for part in (self._inside, self._across, self._comm):
             if part is not None:
                 part.abort(why)
 
     def close(self) -> None:
-        """Ends the thread, after what is under way, and leaves the groups that were made here."""
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
+        """Leaves the groups that were made here, and ends the thread. What nobody has waited for may fail."""
         self._inside.close()
         if isinstance(self._across, Communicator):
             self._across.close()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
 
 class Crossing:
