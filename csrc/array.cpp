@@ -253,7 +253,10 @@ ArrayView view_of_dlpack(py::handle object) {
     refuse("DLPack type code " + std::to_string(tensor.dtype.code) + " of " + std::to_string(tensor.dtype.bits) +
            " bits is not one that collectives take");
   ArrayView view = view_of_dltensor(tensor, static_cast<DType>(dtype));
-  if (on_gpu) view.stream = kLegacyStream;
+  if (on_gpu) {
+    view.device = device.id;
+    view.stream = kLegacyStream;
+  }
   return view;
 }
 

@@ -9,19 +9,21 @@
 
 namespace paracomm::PARACOMM_DEVICE_NAMESPACE {
 
-enum class Trouble : uint64_t { none, recv_timeout, send_timeout, stage_timeout, mismatch };
+enum class Trouble : uint64_t { none, recv_timeout, send_timeout, stage_timeout, mismatch, peer_left };
 
 /// Why a kernel gave up, written once, by whoever is first.
 struct Report {
   uint64_t trouble, instruction, tile, peer;
   uint64_t sequence;  ///< of the call
   uint64_t seen[kWords];
-  uint64_t ready;  ///< written last
+  uint64_t seen_bytes, expected_bytes;  ///< of a message
+  uint64_t ready;                       ///< written last
 };
 
 /// In host memory that the device maps: the two sides tell each other why to stop.
 struct Board {
   uint64_t abort;    ///< from the host: leave
+  uint64_t gone;     ///< from the host: a bit for each rank that has closed its communicator
   uint64_t left_at;  ///< from the device: sequence number of the first call that was left before its end, 0: none
   Report report;
 };

@@ -28,6 +28,7 @@ struct Spot {
   int peer;
   int instruction = -1;
   int tile = 0;
+  uint64_t nbytes = 0;  ///< of the message
 };
 
 __device__ __forceinline__ uint64_t* word_at(std::byte* base, size_t offset) {
@@ -43,7 +44,7 @@ __device__ inline void leave(Block& block, const Fabric& fabric) {
   if (load_relaxed(&board.left_at) == 0) store_relaxed(&board.left_at, fabric.signature[0] & 0xffffffffu);
 }
 
-__device__ inline void report(Block& block, const Fabric& fabric, const Spot& spot, const uint64_t* seen) {
+__device__ inline void report(Block& block, const Fabric& fabric, const Spot& spot, const Flag* seen) {
   const bool first = atomicCAS(reinterpret_cast<unsigned long long*>(fabric.watch.stop + 1), 0ull, 1ull) == 0;
   if (first) {
     Report& to = fabric.watch.board->report;
@@ -52,7 +53,9 @@ __device__ inline void report(Block& block, const Fabric& fabric, const Spot& sp
     to.tile = static_cast<uint64_t>(spot.tile);
     to.peer = static_cast<uint64_t>(spot.peer);
     to.sequence = fabric.signature[0] & 0xffffffffu;
-    for (int i = 0; i < kWords; ++i) to.seen[i] = seen == nullptr ? 0 : seen[i];
+    for (int i = 0; i < kWords; ++i) to.seen[i] = seen == nullptr ? 0 : seen->signature[i];
+    to.seen_bytes = seen == nullptr ? 0 : seen->nbytes;
+    to.expected_bytes = spot.nbytes;
     if (PARACOMM_PLANTED(Plant::report_relaxed))
       store_relaxed(&to.ready, 1);
     else
@@ -66,9 +69,14 @@ __device__ inline bool told_to_stop(const Fabric& fabric) {
   return load_relaxed(fabric.watch.stop) != 0 || load_relaxed(&fabric.watch.board->abort) != 0;
 }
 
+/// What a rank sent before it left is there once this is seen.
+__device__ inline bool is_gone(const Fabric& fabric, int peer) {
+  return (load_acquire(&fabric.watch.board->gone) >> peer & 1) != 0;
+}
+
 /// Returns whether ready() came true.
 template <class Ready>
-__device__ __forceinline__ bool wait_until(Block& block, const Fabric& fabric, const Spot& spot, Ready ready) {
+__device__ __forceinline__ bool wait_until(Block& block, const Fabric& fabric, Spot spot, Ready ready) {
   for (unsigned look = 1; !ready(); ++look) {
     if (look % kLooks == 0) {
       if (told_to_stop(fabric)) {
@@ -76,6 +84,11 @@ __device__ __forceinline__ bool wait_until(Block& block, const Fabric& fabric, c
         return false;
       }
       if (now_ns() >= block.deadline && !PARACOMM_PLANTED(Plant::deadline_not_seen)) {
+        report(block, fabric, spot, nullptr);
+        return false;
+      }
+      if (is_gone(fabric, spot.peer) && !ready()) {
+        spot.trouble = Trouble::peer_left;
         report(block, fabric, spot, nullptr);
         return false;
       }
@@ -88,11 +101,11 @@ __device__ __forceinline__ bool wait_until(Block& block, const Fabric& fabric, c
 /// A peer's flag, once it is there, must be of the same call.
 __device__ inline bool is_same_call(Block& block, const Fabric& fabric, const Flag& flag, Spot spot) {
   if (PARACOMM_PLANTED(Plant::signature_not_compared)) return true;
-  bool same = true;
+  bool same = flag.nbytes == spot.nbytes;
   for (int i = 0; i < kWords; ++i) same &= flag.signature[i] == fabric.signature[i];
   if (same) return true;
   spot.trouble = Trouble::mismatch;
-  report(block, fabric, spot, flag.signature);
+  report(block, fabric, spot, &flag);
   return false;
 }
 

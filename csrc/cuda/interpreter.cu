@@ -105,8 +105,10 @@ __device__ inline std::byte* reserve(Block& block, const Fabric& fabric, const O
   };
   auto* const slots = reinterpret_cast<Flag*>(peer + fabric.layout.inbox(channel, fabric.rank));
   Flag& flag = slots[(cursor.number - 1) % kSlots];
-  if (wait_until(block, fabric, spot, has_room))
+  if (wait_until(block, fabric, spot, has_room)) {
     for (int i = 0; i < kWords; ++i) flag.signature[i] = fabric.signature[i];
+    flag.nbytes = nbytes;
+  }
   block.flags[j] = &flag.number;
   block.numbers[j] = cursor.number;
   return peer + fabric.layout.ring(channel, fabric.rank) + begin * kUnit;
@@ -124,7 +126,7 @@ __device__ __forceinline__ void find_operands(Block& block, const Arguments& arg
     const bool local = operand.where != Where::message;
     if (local) block.flags[j] = nullptr;
     if (j < instruction.sources) {
-      const Spot spot{Trouble::recv_timeout, operand.peer, index, tile.index};
+      const Spot spot{Trouble::recv_timeout, operand.peer, index, tile.index, nbytes};
       block.sources[j] =
           local ? local_address<E>(args, operand, tile) : receive(block, args.fabric, operand, nbytes, spot, j);
     } else {

@@ -27,6 +27,7 @@ constexpr int kWords = 3;         ///< of a Signature
 /// The flag of a message, or of a stage: whose call it is, and its number, written last.
 struct Flag {
   uint64_t signature[kWords];
+  uint64_t nbytes;  ///< of the message
   uint64_t number;
 };
 

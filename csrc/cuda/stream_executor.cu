@@ -296,8 +296,17 @@ void StreamExecutor::watch() {
   }
 }
 
+void StreamExecutor::tell_gone() {
+  uint64_t gone = 0;
+  for (size_t r = 0; r < hooks_.hosts.size(); ++r)
+    gone |= static_cast<uint64_t>(hooks_.left[r].load(std::memory_order_acquire)) << r;
+  if (gone != told_gone_) __atomic_store_n(&(*board_)->gone, gone, __ATOMIC_RELEASE);
+  told_gone_ = gone;
+}
+
 void StreamExecutor::look() {
   if (!board_) return;  // closed, and all is complete
+  tell_gone();
   if (hooks_.stopped->load(std::memory_order_acquire)) {
     __atomic_store_n(&(*board_)->abort, uint64_t{1}, __ATOMIC_RELEASE);
     if (patience_ends_ == Clock::time_point::max()) patience_ends_ = Clock::now() + kPatience;
@@ -407,10 +416,16 @@ Error StreamExecutor::explain(const Report& report, const DeviceJob& job) const 
     default:
       break;
   }
+  const std::string who = "rank " + std::to_string(peer) + " (" + host + ")";
+  if (static_cast<Trouble>(report.trouble) == Trouble::peer_left)
+    return Error(ErrorKind::peer_lost, text + ": " + who + " has closed its communicator");
   Signature seen;
   std::memcpy(&seen, report.seen, sizeof seen);
-  return Error(ErrorKind::mismatch, text + ": rank " + std::to_string(peer) + " (" + host + ") is in " +
-                                        describe(seen) + " (" + difference(job.signature, seen) + ")");
+  text += ": " + who + " is in " + describe(seen);
+  text += seen == job.signature ? ", message of " + std::to_string(report.seen_bytes) + " bytes, expected " +
+                                      std::to_string(report.expected_bytes)
+                                : " (" + difference(job.signature, seen) + ")";
+  return Error(ErrorKind::mismatch, text);
 }
 
 void StreamExecutor::finish(Work& work, double timeout_s) {

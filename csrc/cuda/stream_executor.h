@@ -75,6 +75,8 @@ class StreamExecutor final : public DeviceExecutor, public std::enable_shared_fr
   void watch();
   /// One look at everything. `looking_` is held.
   void look();
+  /// Tells kernels who has closed its communicator: nothing more will come from there.
+  void tell_gone();
   std::vector<Pending> take_finished();
   void look_at_report(const std::vector<Pending>& finished);
   void tell_stuck();
@@ -107,6 +109,7 @@ class StreamExecutor final : public DeviceExecutor, public std::enable_shared_fr
   std::mutex looking_;  ///< held while looking; guards what follows
   std::optional<Error> own_failure_;
   uint32_t failed_sequence_ = 0;
+  uint64_t told_gone_ = 0;
   Clock::time_point patience_ends_ = Clock::time_point::max();  ///< for kernels to leave, once all have failed
   std::thread watcher_;
 };

@@ -480,6 +480,7 @@ DeviceHooks Communicator::device_hooks() {
   hooks.hosts = hosts_;
   hooks.host_indices = host_indices_;
   hooks.stopped = &interruption_.stop;
+  hooks.left = interruption_.left.get();
   hooks.fail = [this](const Error& error) { fail(error, true); };
   hooks.failure = [this](const std::string& context) {
     try {

@@ -46,6 +46,7 @@ struct DeviceHooks {
   std::vector<std::string> hosts;                                         ///< by rank
   std::vector<int> host_indices;                                          ///< by rank
   const std::atomic<bool>* stopped = nullptr;                             ///< the communicator has failed, or is closed
+  const std::atomic<bool>* left = nullptr;                                ///< by rank: has closed its communicator
   std::function<void(const Error&)> fail;                                 ///< for all ranks
   std::function<std::exception_ptr(const std::string& context)> failure;  ///< what it failed with
   std::function<void(const Signature&)> stuck;  ///< an operation waits long: the others may be in another one

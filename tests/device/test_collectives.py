@@ -13,7 +13,8 @@ from paracomm import InvalidArgument
 from paracomm.schedule.registry import cases as schedule_cases
 from tests.comm import test_collectives, test_work
 from tests.comm.cases import DTYPES, Case, cover, cross, digests, ops_of
-from tests.device.emulation import device_digests, run_emulated
+from tests.device.emulation import device_digests, emulate, run_emulated
+from tests.ranks import Rank, run_ranks
 
 LARGE = 3001
 WINDOW = 4096  # of the host: small, so that its buffers are cut as well
@@ -28,7 +29,7 @@ def check_bits(world_size: int, cases: tuple[Case, ...]) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_algorithm(world_size: int) -> None:
-    """Every algorithm x count (0, 1, around the number of ranks, odd ones), over rotating dtypes, reductions, places."""
+    """Every algorithm x count (0, 1, around the number of ranks, odd ones), over rotating dtypes, operators, places."""
     check_bits(world_size, tuple(cover(world_size, LARGE, per_count=1)))
 
 
@@ -120,10 +121,8 @@ def test_parts() -> None:
     run_emulated(4, parts)
 
 
-def two_hosts(rank: Any) -> None:
+def two_hosts(rank: Rank) -> None:
     """Between hosts emulated GPUs' memory is the host's, so its transports carry it."""
-    from tests.device.emulation import emulate
-
     emulate()
     with rank.connect(host_id="ab"[rank.rank // 2], timeout_s=30) as comm:
         assert comm.use_device() is None
@@ -134,8 +133,6 @@ def two_hosts(rank: Any) -> None:
 
 
 def test_two_hosts() -> None:
-    from tests.ranks import run_ranks
-
     run_ranks(4, two_hosts)
 
 
