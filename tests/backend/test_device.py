@@ -3,7 +3,6 @@ GPU has, streams that wait in place of the host, is seen on stand-ins that write
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +15,7 @@ from paracomm.backend.work import DeviceWork, Work, future_of
 from paracomm.comm.rails import rails_of
 from paracomm.comm.streams import SideStream, SideStreams
 from paracomm.errors import InvalidArgument, PeerLost
+from tests.backend.streams import Cuda
 from tests.backend.test_collectives import coalesced, in_world, movements, objects, reductions, sparse, uneven
 from tests.ranks import Rank, run_ranks, say_goodbye
 
@@ -131,56 +131,7 @@ def test_all_hosts_hear_of_a_rank_that_gives_up(emulated: None) -> None:
     run_ranks(4, one_leaves, [0, 0, 1, 1], timeout_s=25.0)
 
 
-# --- stand-ins for streams ---
-class Cuda:
-    """torch.cuda with streams that do nothing but write down what is put on them, in `log`."""
-
-    def __init__(self, capturing: bool = False) -> None:
-        self.log: list[str] = []
-        self.done = self.capturing = capturing
-        self._current = self._stream("current")
-
-    def _stream(self, name: str) -> Any:
-        return _Stream(self, name)
-
-    def Stream(self, device: Any) -> Any:
-        return self._stream("side")
-
-    def current_stream(self, device: Any) -> Any:
-        return self._current
-
-    def is_current_stream_capturing(self) -> bool:
-        return self.capturing
-
-    @contextmanager
-    def stream(self, stream: Any) -> Any:
-        before, self._current = self._current, stream
-        yield
-        self._current = before
-
-
-class _Stream:
-    def __init__(self, cuda: Cuda, name: str) -> None:
-        self.cuda, self.name = cuda, name
-
-    def record_event(self) -> _Event:
-        event = _Event(self.cuda, f"{self.name}:{len(self.cuda.log)}")
-        self.cuda.log.append(f"{self.name} records {event.name}")
-        return event
-
-    def wait_event(self, event: _Event) -> None:
-        self.cuda.log.append(f"{self.name} waits for {event.name}")
-
-
-class _Event:
-    def __init__(self, cuda: Cuda, name: str) -> None:
-        self.cuda, self.name = cuda, name
-
-    def query(self) -> bool:
-        assert not self.cuda.capturing, "an event was asked during a capture"
-        return self.cuda.done
-
-
+# --- streams, by stand-ins ---
 class Part:
     """An operation of the core that streams wait for."""
 
