@@ -55,10 +55,10 @@ class Devices:
         return DeviceWork(part, value, finish, self._sides.of(where))
 
     def synchronize(self) -> None:
-        """The host waits for all that streams hold of this rank's GPU, if the group has used it."""
+        """The host waits for all that streams hold of this rank's GPU, if the group has used one."""
         used = self._comm.device
-        if used is not None and used.kind == "cuda":
-            torch.cuda.synchronize(used.index)
+        if torch.cuda.is_initialized() and (used is not None or self._rails is not None):
+            torch.cuda.synchronize(None if used is None else used.index)
 
     def abort(self, why: str) -> None:
         if self._rails is not None:

@@ -62,7 +62,7 @@ class Work(dist.Work):
         if self._error is not None:
             raise self._error
         if self._event is not None:  # another stream may have been the current one of whoever settled this
-            self._event.wait(torch.cuda.current_stream(self._value[0].device))
+            self._event.wait(torch.cuda.current_stream(self._event.device))
         return True
 
     def get_future(self) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which DDP imports: once here, not on every rank
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -230,10 +231,12 @@ def test_host_works_of_gpu_tensors_make_every_stream_wait(monkeypatch: pytest.Mo
     waits: list[str] = []
 
     class Event:
+        device = "cuda:1"
+
         def wait(self, stream: Any) -> None:
             waits.append(stream)
 
     monkeypatch.setattr("paracomm.backend.work.event_after", lambda value: Event())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     work = Work([], [torch.ones(1)])
-    assert work.wait() and work.wait() and waits == ["the stream of cpu"] * 2
+    assert work.wait() and work.wait() and waits == ["the stream of cuda:1"] * 2

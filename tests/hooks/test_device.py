@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which DDP imports: once here, not on every rank
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
