@@ -29,6 +29,15 @@ def test_json_has_every_section() -> None:
     assert report["packages"]["numpy"]
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("", "go over device memory"), ("emulated", "emulated GPUs"), ("host", "through host memory"), ("gpu", "unknown")],
+)
+def test_it_says_what_device_arrays_go_over(monkeypatch: pytest.MonkeyPatch, value: str, said: str) -> None:
+    monkeypatch.setenv("PARACOMM_DEVICE", value)
+    assert said in report_where("nothing")["build"]["devices"]
+
+
 def test_a_missing_extension_is_named_with_its_reason() -> None:
     build = report_where("paracomm._C")["build"]
     assert build["extension"] is None
@@ -36,7 +45,7 @@ def test_a_missing_extension_is_named_with_its_reason() -> None:
 
 
 def test_the_table_shows_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
-    report = doctor.examine()
+    report = report_where("nothing")  # who has looked for GPUs here could not fork ranks that use them
     doctor.print_tables(report)
     printed = capsys.readouterr().out
     for title, section in report.items():

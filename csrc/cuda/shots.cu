@@ -11,9 +11,9 @@
 //     3 done      out = s0.a s1.b s2.c  ... on every rank
 //
 // Block b of a rank reads only what block b of the peers has written, so that blocks need no common barrier. Calls use
-// two staging buffers in turn: who is ready in call n + 1 is through with call n, so that call n + 2, which begins when
-// all were ready in n + 1, may write the buffer of call n anew. Nobody waits for stage 3 but the drain before memory is
-// freed.
+// two staging buffers in turn, the same in all blocks, because a call of another length gives a block other elements:
+// who is ready in call n + 1 is through with call n, so that call n + 2, which begins when all were ready in n + 1, may
+// write the buffer of call n anew. Nobody waits for stage 3 but the drain before memory is freed.
 //
 // Bytes read from each peer: S one-shot, 2 S / n two-shot. The two-shot's flags travel twice.
 #include "cuda/combine.cuh"

@@ -14,15 +14,14 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr auto kWatch = 200us;          // between two looks of the watcher while something is under way
-constexpr auto kWatchGraphs = 20ms;     // while only graphs may be
-constexpr auto kWaiting = 50us;         // between two looks of a thread that waits
-constexpr int kSpins = 100;             // looks of such a thread before it naps
-constexpr auto kStuck = 200ms;          // as the host executor: ranks tell each other about a wait of this length,
-constexpr auto kStillStuck = 1s;        // and again
-constexpr auto kPatience = 2s;          // for kernels to leave, and for peers to read what was sent to them
-constexpr size_t kShotBlock = 8 << 10;  // bytes worth a block of their own
-constexpr size_t kMostUploaded = 512;   // plans on the device, but for those in graphs
+constexpr auto kWatch = 200us;         // between two looks of the watcher while something is under way
+constexpr auto kWatchGraphs = 20ms;    // while only graphs may be
+constexpr auto kWaiting = 50us;        // between two looks of a thread that waits
+constexpr int kSpins = 100;            // looks of such a thread before it naps
+constexpr auto kStuck = 200ms;         // as the host executor: ranks tell each other about a wait of this length,
+constexpr auto kStillStuck = 1s;       // and again
+constexpr auto kPatience = 2s;         // for kernels to leave, and for peers to read what was sent to them
+constexpr size_t kMostUploaded = 512;  // plans on the device, but for those in graphs
 
 uint64_t load(const uint64_t& word) { return __atomic_load_n(&word, __ATOMIC_ACQUIRE); }
 
@@ -235,9 +234,9 @@ void StreamExecutor::launch_shot_of(const DeviceJob& job) {
   args.op = device_op(job.dtype, job.op);
   args.divisor = job.divisor;
   args.two = job.program->name == "ordered";
-  const size_t worth = job.count * size_of(job.dtype) / kShotBlock + 1;
-  const int blocks = static_cast<int>(std::min(worth, static_cast<size_t>(layout_.shot_blocks)));
-  check(launch_shot(args, job.dtype, blocks, options_.threads, *stream_), "launch of an all-reduce in one kernel");
+  // All blocks, however few the elements are: each counts calls, and all have to use the same buffer.
+  check(launch_shot(args, job.dtype, layout_.shot_blocks, options_.threads, *stream_),
+        "launch of an all-reduce in one kernel");
 }
 
 void StreamExecutor::join(const Work& work, uintptr_t stream) {

@@ -70,6 +70,23 @@ def test_defaults() -> None:
     run_emulated(4, defaults)
 
 
+def sizes_in_turn(comm: Any) -> None:
+    """Calls that follow each other at once, of sizes whose blocks hold different elements: a slow rank still reads
+    what a fast one's later call would overwrite."""
+    n = comm.world_size
+    for algorithm in ("one_shot", "ordered"):
+        works = []
+        for turn in range(60):
+            x = torch.full(((400, 9001, 2500)[turn % 3],), turn + comm.rank, dtype=torch.int32)
+            works.append((turn, comm.all_reduce(x, algorithm=algorithm, async_op=True)))
+        for turn, work in works:
+            assert (work.wait() == n * turn + n * (n - 1) // 2).all(), (algorithm, turn)
+
+
+def test_sizes_in_turn() -> None:
+    run_emulated(4, sizes_in_turn)
+
+
 @pytest.mark.parametrize(
     "check",
     [
