@@ -19,18 +19,19 @@ SANITIZER_BUILD := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPARACOMM_TEST_TIMEOUT=400
 CTEST := ctest --output-on-failure --no-tests=error
 # setarch -R: the thread sanitizer of older compilers cannot place its shadow under high-entropy address randomisation.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+RACES := TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $(FIXED_ADDRESSES)
 
 native_sources := CMakeLists.txt setup.py pyproject.toml paracomm/version.py \
-  $(shell find src csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.map' \) 2>/dev/null)
+  $(shell find src csrc -type f \( -name CMakeLists.txt -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.map' \) 2>/dev/null)
 cpp_files = $(shell find src csrc tests/cpp bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 python_files := paracomm tests bench examples setup.py
 
 EXAMPLES := example-language example-translation example-answering example-summaries
 
-.PHONY: help build train test test-cpp test-python test-kernels slow bench wheel sanitize lint format clean
+.PHONY: help build train test test-cpp test-python test-kernels slow bench wheel sanitize races-cuda coverage-cuda lint format clean
 .PHONY: examples $(EXAMPLES)
 help:
-	@echo 'make train | examples | test | bench | wheel | sanitize | lint | format | build | slow | clean   (RANKS, TRAIN_ARGS, ...)'
+	@echo 'make train | examples | test | bench | wheel | sanitize | races-cuda | coverage-cuda | lint | format | build | slow | clean   (RANKS, TRAIN_ARGS, ...)'
 
 # --- environment: a stamp a step, so that a second run starts at once ---
 $(VENV)/.created:
@@ -108,7 +109,22 @@ sanitize: $(VENV)/.dev
 	ASAN_OPTIONS=detect_stack_use_after_return=1 $(CTEST) --test-dir build/asan
 	cmake -S . -B build/tsan $(CPP_BUILD) -DPARACOMM_SANITIZE=thread $(SANITIZER_BUILD)
 	cmake --build build/tsan --parallel $(JOBS)
-	TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $(FIXED_ADDRESSES) $(CTEST) --test-dir build/tsan
+	$(RACES) $(CTEST) --test-dir build/tsan
+
+# The lines of the device source that its tests run on emulated GPUs: 95 % at least.
+device_tests := $(notdir $(basename $(wildcard tests/cpp/test_stream*.cpp)))
+coverage-cuda: $(VENV)/.dev
+	cmake -S . -B build/coverage $(CPP_BUILD) -DPARACOMM_COVERAGE=ON $(SANITIZER_BUILD)
+	cmake --build build/coverage --parallel $(JOBS) --target $(device_tests)
+	find build/coverage -name '*.gcda' -delete
+	$(CTEST) --test-dir build/coverage --tests-regex 'test_stream'
+	$(PY) tests/line_coverage.py build/coverage
+
+# A thousand interleavings of the kernels without a data race, and faults planted into them, each noticed.
+races-cuda: $(VENV)/.dev
+	cmake -S . -B build/tsan $(CPP_BUILD) -DPARACOMM_SANITIZE=thread $(SANITIZER_BUILD)
+	cmake --build build/tsan --parallel $(JOBS) --target test_cuda_races test_cuda_faults
+	PARACOMM_SEEDS=1000 $(RACES) $(CTEST) --test-dir build/tsan --tests-regex 'test_cuda'
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check $(python_files)

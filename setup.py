@@ -22,6 +22,8 @@ class BuildExtension(build_ext):
         cmake = shutil.which("cmake") or "cmake"
         configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), f"-DPython_EXECUTABLE={sys.executable}"]
         configure += ["-DPARACOMM_PYTHON=ON", "-DPARACOMM_TESTS=OFF", f"-DCMAKE_BUILD_TYPE={build_type(self.debug)}"]
+        # Given each time: a kept cache would hold on to an earlier choice.
+        configure += [f"-DPARACOMM_CUDA={os.environ.get('PARACOMM_CUDA') or 'AUTO'}"]
         configure += [f"-Dpybind11_DIR={pybind11_dir()}", *os.environ.get("CMAKE_ARGS", "").split()]
         # Under build isolation cmake, ninja and pybind11 live in another folder each time; a kept cache names old ones.
         if ninja := shutil.which("ninja"):

@@ -1,9 +1,11 @@
-// Memory of torch tensors, NumPy arrays and whatever speaks DLPack, without linking to any of them.
+// Memory of torch tensors, NumPy and CuPy arrays, and whatever speaks DLPack or has a __cuda_array_interface__, on the
+// CPU or a GPU, without linking to any of them.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #include "core/dtype.h"
 
@@ -13,7 +15,12 @@ struct ArrayView {
   paracomm::DType dtype = paracomm::DType::uint8;
   bool contiguous = true;
   bool writable = true;
+  int device = kHost;             ///< number of the GPU, as CUDA counts in this process
+  uintptr_t stream = kAnyStream;  ///< on a GPU: the data are ready for what this stream does
+
+  static constexpr int kHost = -1;
+  static constexpr uintptr_t kAnyStream = ~uintptr_t{0};  ///< the array names none: its library's current one
 };
 
-/// Throws Error(invalid_argument) for what is no array on the CPU, or has a dtype that no collective takes.
+/// Throws Error(invalid_argument) for what is no array on the CPU or a GPU, or has a dtype that no collective takes.
 ArrayView view_of(PyObject* object);

@@ -97,7 +97,8 @@ int op_code(PyObject* name) {
 }
 
 /// all_reduce(x, op, out or None) -> True, or None where the Python layer must take over: memory that is not
-/// contiguous, other dtypes or counts, no schedule chosen yet. The wrapper around a call of 0.3 us must be short.
+/// contiguous, other dtypes or counts, no schedule chosen yet, memory of a GPU. The wrapper around a call of 0.3 us
+/// must be short.
 PyObject* fast_all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t n_args) {
   try {
     auto* state = static_cast<FastState*>(PyCapsule_GetPointer(self, nullptr));
@@ -110,7 +111,7 @@ PyObject* fast_all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t n_ar
     call.count = in.count;
     call.program = state->comm->choose(Collective::all_reduce, -1, in.count * size_of(in.dtype));
     if (op < 0 || !in.contiguous || !out.contiguous || !out.writable || out.dtype != in.dtype ||
-        out.count != in.count || call.program < 0)
+        out.count != in.count || call.program < 0 || in.device != ArrayView::kHost || out.device != ArrayView::kHost)
       Py_RETURN_NONE;
     call.input = in.data;
     call.output = out.data;
@@ -190,12 +191,16 @@ void register_comm(py::module_& m) {
 
   m.def(
       "view",
-      [](py::handle object) {
+      [](py::handle object) -> py::tuple {
         const ArrayView v = view_of(object.ptr());
-        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), v.count, static_cast<int>(v.dtype), v.contiguous,
-                              v.writable);
+        const auto address = reinterpret_cast<uintptr_t>(v.data);
+        const int dtype = static_cast<int>(v.dtype);
+        if (v.device == ArrayView::kHost) return py::make_tuple(address, v.count, dtype, v.contiguous, v.writable);
+        const py::object stream = v.stream == ArrayView::kAnyStream ? py::object(py::none()) : py::int_(v.stream);
+        return py::make_tuple(address, v.count, dtype, v.contiguous, v.writable, v.device, stream);
       },
-      py::arg("array"), "(address, count, dtype, contiguous, writable) of a CPU array.");
+      py::arg("array"),
+      "(address, count, dtype, contiguous, writable) of an array; on a GPU also its number and a stream's, or None.");
 
   py::class_<Program>(m, "Program")
       .def(py::init(&make_program), py::kw_only(), py::arg("name"), py::arg("collective"), py::arg("rank"),
@@ -317,6 +322,18 @@ void register_comm(py::module_& m) {
               return c.submit(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
                                         std::move(output_blocks), largest));
             });
+  cls.def("attach_device", &Communicator::attach_device, py::arg("device"));
+  cls.def(
+      "submit_device",
+      [](Communicator& c, uintptr_t stream, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op,
+         double timeout_s, std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest) {
+        return c.submit_device(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
+                                         std::move(output_blocks), largest),
+                               stream);
+      },
+      py::arg("stream"), py::arg("program"), py::arg("input"), py::arg("output"), py::arg("count"), py::arg("dtype"),
+      py::arg("op"), py::arg("timeout_s"), py::arg("blocks"), py::arg("output_blocks"), py::arg("largest_block"),
+      py::call_guard<py::gil_scoped_release>());
   call_args(cls, "dump_plan",
             [](Communicator& c, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op,
                double timeout_s, std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest) {

@@ -1,5 +1,5 @@
 // Errors, element types, build facts.
-#include <pybind11/stl.h>
+#include <pybind11/pybind11.h>
 
 #include "core/dtype.h"
 #include "core/error.h"
@@ -51,7 +51,6 @@ void register_core(py::module_& m) {
   m.attr("COLLECTIVES") = collectives;
   m.attr("__version__") = PARACOMM_VERSION;
   m.attr("compiler") = PARACOMM_COMPILER;
-  m.attr("cuda") = false;
   m.def("reduce_isa", &reduce_isa, "The vector instructions that reductions use on this CPU.");
   m.def("limit_reduce_isa", &limit_reduce_isa, py::arg("isa"),
         "Restrict to 'baseline', 'avx2' or 'avx512'; '' lifts it.");

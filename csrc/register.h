@@ -5,5 +5,6 @@
 
 void register_core(pybind11::module_& m);
 void register_comm(pybind11::module_& m);
+void register_device(pybind11::module_& m);
 void register_codec(pybind11::module_& m);
 void register_random(pybind11::module_& m);

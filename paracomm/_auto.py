@@ -15,7 +15,7 @@ def register() -> None:
         import torch.distributed as dist
 
         if dist.is_available() and NAME.upper() not in dist.Backend._plugins:
-            dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+            dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu", "cuda"])
     except Exception as error:
         import warnings
 

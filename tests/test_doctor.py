@@ -1,6 +1,7 @@
 """`paracomm doctor` must help most where something is missing."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,9 +22,20 @@ def test_json_has_every_section() -> None:
     assert list(report) == ["build", "network", "cpu", "limits", "packages", "mpi"]
     assert report["build"]["extension"].endswith(".so")
     assert {"version", "compiler", "reduce_isa", "transports"} <= set(report["build"])
+    assert report["build"]["gpus"] > 0 or report["build"]["why_no_gpu"]
+    assert report["build"]["emulated_gpus"] == int(os.environ.get("PARACOMM_EMULATED_DEVICES", "8"))
     assert report["cpu"]["usable_cores"] >= 1
     assert report["limits"]["open_files"] > 0
     assert report["packages"]["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("", "go over device memory"), ("emulated", "emulated GPUs"), ("host", "through host memory"), ("gpu", "unknown")],
+)
+def test_it_says_what_device_arrays_go_over(monkeypatch: pytest.MonkeyPatch, value: str, said: str) -> None:
+    monkeypatch.setenv("PARACOMM_DEVICE", value)
+    assert said in report_where("nothing")["build"]["devices"]
 
 
 def test_a_missing_extension_is_named_with_its_reason() -> None:
@@ -33,7 +45,7 @@ def test_a_missing_extension_is_named_with_its_reason() -> None:
 
 
 def test_the_table_shows_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
-    report = doctor.examine()
+    report = report_where("nothing")  # who has looked for GPUs here could not fork ranks that use them
     doctor.print_tables(report)
     printed = capsys.readouterr().out
     for title, section in report.items():

@@ -44,7 +44,12 @@ class BucketMapper:
 
     def notice(self, tensor: torch.Tensor) -> None:
         """Counts, and moves the whole storage of a contiguous CPU tensor at its third sighting."""
-        if not self.enabled or tensor.layout is not torch.strided or tensor.nbytes < LEAST_BYTES:
+        if (
+            not self.enabled
+            or tensor.device.type != "cpu"
+            or tensor.layout is not torch.strided
+            or tensor.nbytes < LEAST_BYTES
+        ):
             return
         storage = tensor.untyped_storage()
         seen = self._seen.get(storage, 0) + 1

@@ -1,7 +1,8 @@
 """The process group: torch.distributed's calls, under the old and the new name of each, as calls of a Communicator.
 
 Synchronous calls run in the caller's thread. Asynchronous ones are queued, and run by whoever waits for them first or,
-if nobody does, by the core's progress thread.
+if nobody does, by the core's progress thread. Those of a GPU's tensors are on streams, and nobody runs them: a
+synchronous call returns when the current stream waits for it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.autograd import _profiler_enabled
 
 from paracomm.backend import sparse
+from paracomm.backend.devices import Devices, device_types
 from paracomm.backend.mapped import BucketMapper
 from paracomm.backend.monitor import monitored_barrier
 from paracomm.backend.point_to_point import PointToPoint
@@ -49,7 +51,7 @@ _NO_TIME = timedelta(0)
 
 
 class ProcessGroup(dist.ProcessGroup):
-    """A torch.distributed process group over a Communicator, for CPU tensors.
+    """A torch.distributed process group over a Communicator, for tensors of the CPU and of this rank's GPU.
 
     Raises paracomm's errors, which are RuntimeErrors: PeerLost, Timeout and Mismatch on every surviving rank, and
     InvalidArgument (also a ValueError) before anything is sent.
@@ -65,6 +67,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._publisher = Publisher()
         self._mapper = BucketMapper(comm)
         self._between_hosts = len(set(comm.host_indices)) > 1
+        self._devices = Devices(comm)
         self._p2p = PointToPoint(comm)
         self._splits = self._monitored = self._sequence = 0
 
@@ -94,11 +97,12 @@ class ProcessGroup(dist.ProcessGroup):
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]
+        return device_types()
 
     def _get_backend(self, device: Any) -> Any:
-        if torch.device(device).type != "cpu":
-            raise RuntimeError(f"No backend type associated with device type {torch.device(device).type}")
+        kind = torch.device(device).type
+        if kind not in [known.type for known in self._device_types]:
+            raise RuntimeError(f"No backend type associated with device type {kind}")
         return self
 
     def _get_backend_name(self) -> str:
@@ -123,12 +127,15 @@ class ProcessGroup(dist.ProcessGroup):
 
     def shutdown(self) -> None:
         """Leaves. Peers that still need this rank raise PeerLost."""
+        self._devices.close()
         self.comm.close()
 
     def abort(self) -> None:
         """Gives up on every rank."""
-        self.comm.abort("abort() was called on the process group")
-        self.comm.close()
+        why = "abort() was called on the process group"
+        self._devices.abort(why)
+        self.comm.abort(why)
+        self.shutdown()
 
     # --- how a call runs ---
     def _run(
@@ -143,11 +150,24 @@ class ProcessGroup(dist.ProcessGroup):
                 finish()
             return COMPLETED
         part = call(*args, timeout_s=timeout_s, async_op=True, **kwargs)
+        if part.joins:
+            return self._devices.work(part, value, args, finish)
         return Work([part], value, finish, self._publisher, self._between_hosts)
 
     def _limit(self, opts: Any) -> float | None:
         own = seconds(getattr(opts, "timeout", None))
         return self._timeout_s if own is None else own
+
+    def use_between(self, groups: Sequence[Any]) -> None:
+        """From now on all_reduce of device memory goes between hosts by these process groups, one a rail. Collective,
+        before this group's first such all_reduce.
+
+            rails = paracomm.comm.rails.rails_of(group.comm.host_indices)
+            group.use_between([dist.new_group(ranks, backend="nccl") for ranks in rails])
+
+        Raises InvalidArgument where they do not fit the rails, or it is too late.
+        """
+        self._devices.use_between(groups)
 
     # --- all to all ---
     def allreduce(self, tensors: Tensors | Tensor, opts: Any = None, timeout: timedelta | None = None) -> Any:
@@ -176,7 +196,8 @@ class ProcessGroup(dist.ProcessGroup):
             return self._all_reduce_coalesced(tensors, opts)
         if tensors[0].layout != torch.strided:
             return sparse.all_reduce(self.comm, tensors[0], op, self._limit(opts))
-        return self._run(opts, list(tensors), self.comm.all_reduce, reducible(tensors[0].detach(), op), op)
+        source = reducible(tensors[0].detach(), op)
+        return self._run(opts, list(tensors), self._devices.all_reducer(source), source, op)
 
     @named("all_reduce_coalesced")
     def allreduce_coalesced(self, tensors: Tensors, opts: Any = None) -> Any:
@@ -186,7 +207,9 @@ class ProcessGroup(dist.ProcessGroup):
         op = op_name(opts.reduceOp)
         real = [reducible(tensor.detach(), op) for tensor in tensors]
         whole = pack(real)
-        return self._run(opts, list(tensors), self.comm.all_reduce, whole, op, finish=lambda: unpack(whole, real))
+        return self._run(
+            opts, list(tensors), self._devices.all_reducer(whole), whole, op, finish=lambda: unpack(whole, real)
+        )
 
     @named("all_gather", inputs=1)
     def allgather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> Any:
@@ -318,15 +341,35 @@ class ProcessGroup(dist.ProcessGroup):
     def _exchange(
         self, opts: Any, value: list[Tensor], recvs: Tensors, sends: Tensors, finish: Callable[[], None] | None
     ) -> Any:
-        """Blocks of any size to and from every rank. Each pair knows its own sizes, so no rank asks for the others'."""
+        """Blocks of any size to and from every rank. Each pair knows its own sizes, so no rank asks for the others';
+        on a device all ranks' blocks are cut into as many pieces, and they have to."""
+        if self._devices.has(sends[0]):
+            return self._exchange_on_device(opts, value, recvs, sends, finish)
         work = Work(self._p2p.exchange(recvs, sends, self._limit(opts)), value, finish)
         if getattr(opts, "asyncOp", True):
             return work
         work.wait()
         return COMPLETED
 
+    def _exchange_on_device(
+        self, opts: Any, value: list[Tensor], recvs: Tensors, sends: Tensors, finish: Callable[[], None] | None
+    ) -> Any:
+        target, copied = room(recvs)
+
+        def unpacked() -> None:
+            if copied:
+                unpack(target, recvs)
+            if finish is not None:
+                finish()
+
+        send_rows, recv_rows = [len(block) for block in sends], [len(block) for block in recvs]
+        return self._run(opts, value, self.comm.all_to_all_v, pack(sends), send_rows, recv_rows, out=target,
+                         finish=unpacked)  # fmt: skip
+
     @named("barrier")
     def barrier(self, opts: Any = None) -> Any:
+        """On a GPU too: what any stream of it holds is complete on every rank afterwards, as with NCCL."""
+        self._devices.synchronize()
         return self._run(opts, [], self.comm.barrier)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from paracomm import background
+from paracomm.comm.streams import SideStream, event_after
 from paracomm.errors import Timeout
 
 
@@ -48,6 +49,7 @@ class Work(dist.Work):
         self._waiting = threading.Lock()  # one thread waits and finishes; others wait for it
         self._settled = False
         self._error: BaseException | None = None
+        self._event: Any = None  # of tensors on a GPU, whose last steps are on a stream
         self._future: Any = None
         if _FORGETFUL:
             _unsettled.add(self)
@@ -59,6 +61,8 @@ class Work(dist.Work):
             self._settle(seconds(timeout))
         if self._error is not None:
             raise self._error
+        if self._event is not None:  # another stream may have been the current one of whoever settled this
+            self._event.wait(torch.cuda.current_stream(self._event.device))
         return True
 
     def get_future(self) -> Any:
@@ -76,7 +80,7 @@ class Work(dist.Work):
         self.wait()
         with _futures:
             if self._future is None:
-                self._future = torch.futures.Future()
+                self._future = future_of(self._value)
                 self._future.set_result(self._value)
             return self._future
 
@@ -85,7 +89,7 @@ class Work(dist.Work):
         with _futures:
             if self._future is None:
                 # `set_exception` would be a value to C++; what a callback raises is an error to everybody.
-                trigger: Any = torch.futures.Future()
+                trigger = future_of(self._value)
                 self._future = trigger.then(self._outcome)
                 publisher.put(self, trigger)
             return self._future
@@ -126,6 +130,7 @@ class Work(dist.Work):
                     part.wait(timeout_s)
                 if self._finish is not None:
                     self._finish()
+                self._event = event_after(self._value)
             except Exception as error:
                 self._error = error
             self._settled = True
@@ -136,10 +141,81 @@ class Work(dist.Work):
         finally:
             self._waiting.release()
 
-    def _outcome(self, _: Any) -> list[torch.Tensor]:
+    def _outcome(self, done: Any) -> list[torch.Tensor]:
         if self._error is not None:
             raise self._error
+        value: list[torch.Tensor] = done.value()
+        return value
+
+
+class DeviceWork(dist.Work):
+    """A call on tensors of a GPU. All of it is on streams, `finish` on the side stream; no method but `wait` with a
+    timeout blocks the host. What the operation fails with is raised by whoever asks after that, and by later calls."""
+
+    def __init__(
+        self, part: Any, value: list[torch.Tensor], finish: Callable[[], None] | None, side: SideStream
+    ) -> None:
+        super().__init__()
+        self._part, self._value, self._side = part, value, side
+        self._future: Any = None
+        with side.after(side.now(), part, value, finish) as ends:
+            part.wait()
+            if finish is not None:
+                finish()
+        self._event = ends[0]
+        if _FORGETFUL:
+            _settled_last.append(self)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """The current stream waits; with a timeout, so does the host."""
+        self._raise()
+        limit_s = seconds(timeout)
+        if limit_s is not None:
+            self._part.wait(limit_s)
+        self._side.join(self._event)
+        return True
+
+    def get_future(self) -> Any:
+        """Complete at once, on the side stream: whoever waits for it has their current stream wait."""
+        self._raise()
+        with _futures:
+            if self._future is None:
+                self._future = future_of(self._value)
+                with self._side.after(self._event):
+                    self._future.set_result(self._value)
+            return self._future
+
+    def is_completed(self) -> bool:
+        return self.exception() is not None or bool(self._event.query())
+
+    def is_success(self) -> bool:
+        return self.is_completed() and self.exception() is None
+
+    def exception(self) -> BaseException | None:
+        error: BaseException | None = self._part.exception()
+        return error
+
+    def result(self) -> list[torch.Tensor]:
+        self.wait()
         return self._value
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def source_rank(self) -> int:
+        return -1
+
+    _source_rank = source_rank
+
+    def _raise(self) -> None:
+        error = self.exception()
+        if error is not None:
+            raise error
+
+
+def future_of(value: list[torch.Tensor]) -> Any:
+    """A future for these tensors: it has to know of the GPUs where they are, to have streams wait for each other."""
+    return torch.futures.Future(devices=sorted({tensor.device for tensor in value if tensor.is_cuda}, key=str))
 
 
 class Publisher:
@@ -179,7 +255,7 @@ class Publisher:
                 if not self._queue.empty():
                     self._provide()
                 try:
-                    trigger.set_result(None)
+                    trigger.set_result(work._value)
                 finally:
                     del work, trigger
             with self._count:
@@ -229,6 +305,6 @@ class Past:
 # torch 2.6 lets the Python half of a Work go while C++ holds the other, and then waits without end; 2.13 keeps it.
 _FORGETFUL = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 _unsettled: set[Work] = set()
-_settled_last: deque[Work] = deque(maxlen=16)
+_settled_last: deque[dist.Work] = deque(maxlen=16)
 _futures = threading.Lock()
 COMPLETED = _Completed()

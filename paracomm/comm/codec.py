@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paracomm import _C
-from paracomm.comm.arrays import DTYPE_NAMES, View, view
+from paracomm.comm.arrays import DTYPE_NAMES, View, host_view
 from paracomm.errors import InvalidArgument
 
 _FLOAT32, _UINT8 = _C.DTYPES["float32"], _C.DTYPES["uint8"]
@@ -81,7 +81,7 @@ class BlockCodec:
 
 
 def _dense(name: str, array: Any, dtype: int) -> View:
-    found = view(array)
+    found = host_view(array)
     if found.dtype != dtype or not found.contiguous:
         raise InvalidArgument(
             f"{name} is {'' if found.contiguous else 'strided '}{DTYPE_NAMES[found.dtype]}, "

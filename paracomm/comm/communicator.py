@@ -13,8 +13,21 @@ from typing import Any
 import numpy as np
 
 from paracomm import _C, background
-from paracomm.comm import programs, spans
-from paracomm.comm.arrays import DTYPE_NAMES, View, arena_array, assign, contiguous, empty_like, native, view
+from paracomm.comm import device, programs, spans
+from paracomm.comm.arguments import block_shape, copy_of, need_rows, need_same, op_code, overlap
+from paracomm.comm.arrays import (
+    HOST,
+    View,
+    arena_array,
+    assign,
+    contiguous,
+    empty_like,
+    host_copy,
+    host_room,
+    native,
+    view,
+)  # fmt: skip
+from paracomm.comm.device import Device, Lane
 from paracomm.comm.work import Work
 from paracomm.errors import InvalidArgument
 from paracomm.schedule import Schedule, build, tune
@@ -34,8 +47,10 @@ def _close_all() -> None:
 class Communicator:
     """A group of ranks. All ranks call the same collectives in the same order.
 
-    Arrays are torch CPU tensors, NumPy arrays, or objects with `__dlpack__`, of float64/32/16, bfloat16,
-    int8/16/32/64, uint8 or bool. Reductions: sum, prod, min, max, avg, band, bor, bxor; 16-bit floats accumulate in
+    Arrays are torch tensors on the CPU or on GPUs, NumPy and CuPy arrays, or objects with `__dlpack__` or
+    `__cuda_array_interface__`, of float64/32/16, bfloat16, int8/16/32/64, uint8 or bool; `paracomm.comm.device` says
+    how those on GPUs travel. Operations on GPUs come after what the current stream holds, and it goes on after them,
+    while the host does not wait. Reductions: sum, prod, min, max, avg, band, bor, bxor; 16-bit floats accumulate in
     float32. Each method takes `async_op=True` for a `Work` instead of the result, `algorithm=` for a schedule by name
     or a `Schedule`, and `timeout_s=` for another timeout than the communicator's.
 
@@ -54,8 +69,14 @@ class Communicator:
         self._algorithms: dict[int, tuple[str, str]] = {}
         self._in_flight: list[tuple[_C.Work, list[Any]]] = []
         self._sweep_at = 16
+        self._mode = device.mode()
+        self.device: Device | None = None
+        """What its operations on GPUs' memory run on, once there was one (or `use_device` was called)."""
+        self._device_table: dict[str, Any] = tune.device_table(core.world_size)
+        self._device_choices: dict[tuple[str, int | None], list[tuple[int, int]]] = {}
+        self._emulates = self._mode == "emulated" and len(set(core.host_indices)) == 1
         # (x, op, out or None): true if it was done at once, None where only all_reduce() knows how.
-        self.fast_all_reduce = core.fast_all_reduce()
+        self.fast_all_reduce = _never if self._emulates else core.fast_all_reduce()
         self.rank: int = core.rank
         self.world_size: int = core.world_size
         if self.world_size > 0:
@@ -123,8 +144,22 @@ class Communicator:
         self._core.set_choice(code, where, entries)
         return int(self._core.choose(code, where, nbytes))
 
-    def use_table(self, table: dict[str, Any] | None) -> None:
-        """Chooses algorithms by `table` (None: the default ones) from now on; the same on all ranks."""
+    def _choose_on_device(self, collective: str, root: int | None, nbytes: int) -> int:
+        key = (collective, root)
+        if key not in self._device_choices:
+            self._device_choices[key] = [
+                (limit, self._program(build(collective, name, self.world_size, root, **params)))
+                for limit, name, params in self._device_table[collective]
+            ]
+        return next(program for limit, program in self._device_choices[key] if nbytes <= limit)
+
+    def use_table(self, table: dict[str, Any] | None, *, on_device: bool = False) -> None:
+        """Chooses algorithms by `table` (None: the default ones) from now on, of operations over the host's transports
+        or of those on devices; the same on all ranks."""
+        if on_device:
+            self._device_table = {**tune.device_table(self.world_size), **(table or {})}
+            self._device_choices.clear()
+            return
         self._table = table
         for collective in _C.COLLECTIVES:
             for root in (-1, *range(self.world_size)):
@@ -139,29 +174,38 @@ class Communicator:
         if table:
             self.use_table(json.loads(table))
 
-    def _select(self, collective: str, root: int | None, nbytes: int, algorithm: str | Schedule | None) -> int:
+    def _select(
+        self, collective: str, root: int | None, found: View | None, nbytes: int, algorithm: str | Schedule | None
+    ) -> tuple[int, Lane | None]:
+        """The program of a call whose array is `found`, and the lane of the device that it runs on, if it does."""
         if root is not None and not 0 <= root < self.world_size:
             raise InvalidArgument(f"{collective}: root must be in 0..{self.world_size - 1}, got {root}")
+        lane = self._lane(found) if self._emulates or (found is not None and found.device != HOST) else None
         if algorithm is None:
-            return self._choose(collective, root, nbytes)
+            choose = self._choose if lane is None else self._choose_on_device
+            return choose(collective, root, nbytes), lane
         if isinstance(algorithm, str):
             params = {"hosts": self.host_indices} if algorithm in ("hierarchical", "ordered") else {}
             algorithm = build(collective, algorithm, self.world_size, root, **params)
         if algorithm.collective != collective:
             raise InvalidArgument(f"{collective} was given a schedule of {algorithm.collective}")
-        return self._program(algorithm)
+        return self._program(algorithm), lane
 
     def _run(
-        self, program: int, source: int, target: int, count: int, dtype: int, op: int, timeout_s: float | None,
-        async_op: bool, result: Any, keep: tuple[Any, ...], finish: Callable[[], None] | None = None,
-        blocks: Sequence[int] = (), output_blocks: Sequence[int] = (), largest_block: int = 0,
+        self, chosen: tuple[int, Lane | None], source: int, target: int, count: int, dtype: int, op: int,
+        timeout_s: float | None, async_op: bool, result: Any, keep: tuple[Any, ...],
+        finish: Callable[[], None] | None = None, blocks: Sequence[int] = (), output_blocks: Sequence[int] = (),
+        largest_block: int = 0,
     ) -> Any:  # fmt: skip
+        program, lane = chosen
         limit = -1.0 if timeout_s is None else float(timeout_s)
         arguments = (program, source, target, count, dtype, op, limit, list(blocks), list(output_blocks), largest_block)
         label: spans.Label | None = spans.EARLIER
         if record.current is not None:
             operation, algorithm = self._algorithms[program]
             label = self._label(operation, (count or sum(blocks)) * _C.item_size(dtype), algorithm=algorithm)
+        if lane is not None:
+            return lane.device.run(lane, arguments, async_op, result, keep, finish, label)
         if async_op:
             return self._launch(self._core.submit(*arguments), result, keep, finish, label)
         if label is None or label is spans.EARLIER:
@@ -172,6 +216,17 @@ class Communicator:
         if finish is not None:
             finish()
         return result
+
+    def _on_host(
+        self, collective: str, source: np.ndarray, target: np.ndarray, op: str = "sum", blocks: Sequence[int] = ()
+    ) -> np.ndarray:
+        """A collective on what this library tells itself, over the host's transports wherever the callers' arrays are;
+        returns target."""
+        v, w = view(source), view(target)
+        chosen = self._choose(collective, None, w.nbytes), None
+        self._run(chosen, v.address, w.address, w.count, v.dtype, _C.REDUCE_OPS[op], None, False, target, (),
+                  blocks=blocks)  # fmt: skip
+        return target
 
     def _label(self, operation: str, nbytes: int, **details: Any) -> spans.Label | None:
         """None: one rank by itself, which nothing is shown of."""
@@ -194,6 +249,74 @@ class Communicator:
             spans.launched(core, label)
         return Work(core, result, kept, finish, label)
 
+    # --- memory of calls ---
+    def _readable(self, x: Any, staged: bool = False) -> tuple[Any, View]:
+        """Contiguous memory with x's elements, which operations can read; `staged`: on the host."""
+        source = contiguous(native(x))
+        v = view(source)
+        if v.device != HOST and (staged or self._stages(v)):
+            source = host_copy(source)
+            v = view(source)
+        return source, v
+
+    def _writable(self, x: Any, staged: bool = False) -> tuple[Any, View, Callable[[], None] | None]:
+        """Contiguous memory for x's elements, which operations can write, and what puts them into x in the end."""
+        found = view(x)
+        if not found.writable:
+            raise InvalidArgument("the output array is read-only")
+        staged = found.device != HOST and (staged or self._stages(found))
+        if found.contiguous and not staged:
+            return x, found, None
+        whole = native(x)
+        target = host_room(whole) if staged else empty_like(whole, whole.shape)
+        return target, view(target), lambda: assign(whole, target)
+
+    def _write_back(self, x: Any, source: Any, v: View) -> Callable[[], None] | None:
+        """What puts `source`, which is x's memory or a copy of it, into x in the end."""
+        found = view(x)
+        if not found.writable:
+            raise InvalidArgument("the array is read-only, so the result cannot be put into it")
+        if found.contiguous and found.device == v.device:
+            return None
+        return lambda: assign(native(x), source)
+
+    def _stages(self, found: View) -> bool:
+        """Whether an array on a GPU has to be copied to the host first."""
+        if self._mode == "emulated":
+            raise InvalidArgument(
+                f"the array is on {device.name_of(found.device)}, and {device.VARIABLE} is 'emulated': the emulated "
+                "GPUs' memory is the CPU's"
+            )
+        return self.use_device(found.device) is None
+
+    def use_device(self, index: int | None = None) -> Device | None:
+        """Makes the device on which operations on GPUs' memory run. Collective. The first such operation does it
+        otherwise, and a second call does nothing.
+
+        Args:
+            index: of the GPU, as CUDA counts in this process; None: the current one of torch or CuPy.
+
+        Returns:
+            None where arrays on GPUs are staged through host memory, and those of emulated ones are the host's: between
+            hosts, and if PARACOMM_DEVICE is "host".
+
+        Raises:
+            InvalidArgument: on every rank: one of them has no usable GPU or cannot map another one's memory; it says
+                why.
+        """
+        if self.device is None and self._mode != "host" and len(set(self.host_indices)) == 1:
+            if self._emulates:
+                kind, index = "emulated", device.emulated_index(self._core)
+            else:
+                kind, index = "cuda", device.current_index() if index is None else index
+            self.device = device.make(self._core, self.exchange, kind, index)
+        return self.device
+
+    def _lane(self, found: View | None) -> Lane:
+        used = self.device or self.use_device(None if found is None else found.device)
+        assert used is not None  # or `found` had been staged
+        return used.lane(found)
+
     # --- collectives ---
     def all_reduce(
         self, x: Any, op: str = "sum", *, out: Any = None, async_op: bool = False,
@@ -203,11 +326,11 @@ class Communicator:
         plain = not async_op and algorithm is None and timeout_s is None and record.current is None
         if plain and self.fast_all_reduce(x, op, out):
             return x if out is None else out
-        code = _op_code(op)
-        source, v = _readable(x)
-        target, w, finish = (source, v, _write_back(x, source)) if out is None else _writable(out)
-        _same("all_reduce", v, w, v.count)
-        program = self._select("all_reduce", None, v.nbytes, algorithm)
+        code = op_code(op)
+        source, v = self._readable(x)
+        target, w, finish = (source, v, self._write_back(x, source, v)) if out is None else self._writable(out)
+        need_same("all_reduce", v, w, v.count)
+        program = self._select("all_reduce", None, v, v.nbytes, algorithm)
         result = x if out is None else out
         return self._run(program, v.address, w.address, v.count, v.dtype, code, timeout_s, async_op, result,
                          (source, target, x, out), finish)  # fmt: skip
@@ -217,13 +340,13 @@ class Communicator:
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """The reduction of every rank's x on the root: into `out` or, without it, the root's x. Others keep theirs."""
-        source, v = _readable(x)
-        program = self._select("reduce", root, v.nbytes, algorithm)
+        source, v = self._readable(x)
+        program = self._select("reduce", root, v, v.nbytes, algorithm)
         if self.rank != root:
-            return self._run(program, v.address, 0, v.count, v.dtype, _op_code(op), timeout_s, async_op, x, (source, x))
-        target, w, finish = (source, v, _write_back(x, source)) if out is None else _writable(out)
-        _same("reduce", v, w, v.count)
-        return self._run(program, v.address, w.address, v.count, v.dtype, _op_code(op), timeout_s, async_op,
+            return self._run(program, v.address, 0, v.count, v.dtype, op_code(op), timeout_s, async_op, x, (source, x))
+        target, w, finish = (source, v, self._write_back(x, source, v)) if out is None else self._writable(out)
+        need_same("reduce", v, w, v.count)
+        return self._run(program, v.address, w.address, v.count, v.dtype, op_code(op), timeout_s, async_op,
                          x if out is None else out, (source, target, x, out), finish)  # fmt: skip
 
     def broadcast(
@@ -231,9 +354,9 @@ class Communicator:
         timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """Overwrites x on every rank with the root's."""
-        source, v = _readable(x)
-        program = self._select("broadcast", root, v.nbytes, algorithm)
-        finish = None if self.rank == root else _write_back(x, source)
+        source, v = self._readable(x)
+        program = self._select("broadcast", root, v, v.nbytes, algorithm)
+        finish = None if self.rank == root else self._write_back(x, source, v)
         return self._run(program, v.address, v.address, v.count, v.dtype, _SUM, timeout_s, async_op, x, (source, x),
                          finish)  # fmt: skip
 
@@ -242,12 +365,12 @@ class Communicator:
         timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """Every rank's x, stacked: [world_size, *x.shape] (or `out`, of as many elements; x may be its own block)."""
-        source, v = _readable(x)
+        source, v = self._readable(x)
         if out is None:
-            out = empty_like(source, (self.world_size, *source.shape))
-        target, w, finish = _writable(out)
-        _same("all_gather", v, w, v.count * self.world_size)
-        program = self._select("all_gather", None, w.nbytes, algorithm)
+            out = empty_like(native(x), (self.world_size, *source.shape))
+        target, w, finish = self._writable(out)
+        need_same("all_gather", v, w, v.count * self.world_size)
+        program = self._select("all_gather", None, v, w.nbytes, algorithm)
         return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
                          (source, target, x, out), finish)  # fmt: skip
 
@@ -260,17 +383,17 @@ class Communicator:
         Args:
             rows: every rank's x.shape[0]; None: they are exchanged first.
         """
-        source, v = _readable(x)
-        _need_rows("all_gather_v", source)
+        source, v = self._readable(x)
+        need_rows("all_gather_v", source)
         rows = self._rows(source.shape[0]) if rows is None else list(rows)
         width = math.prod(source.shape[1:])
         if len(rows) != self.world_size or rows[self.rank] != source.shape[0]:
             raise InvalidArgument(f"all_gather_v: rows {rows} do not fit {tuple(source.shape)} on rank {self.rank}")
         if out is None:
-            out = empty_like(source, (sum(rows), *source.shape[1:]))
-        target, w, finish = _writable(out)
-        _same("all_gather_v", v, w, sum(rows) * width)
-        program = self._select("all_gather", None, w.nbytes, algorithm)
+            out = empty_like(native(x), (sum(rows), *source.shape[1:]))
+        target, w, finish = self._writable(out)
+        need_same("all_gather_v", v, w, sum(rows) * width)
+        program = self._select("all_gather", None, v, w.nbytes, algorithm)
         return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
                          (source, target, x, out), finish, blocks=[r * width for r in rows])  # fmt: skip
 
@@ -281,15 +404,15 @@ class Communicator:
         """This rank's block of the reduction of every rank's x, which is cut into world_size equal blocks along
         dimension 0: [x.shape[0] / world_size, ...] (or `out`, of as many elements; it may be x's own block). x is kept
         otherwise."""
-        source, v = _readable(x)
+        source, v = self._readable(x)
         if v.count % self.world_size:
             raise InvalidArgument(f"reduce_scatter: {v.count} elements are not {self.world_size} equal blocks")
         if out is None:
-            out = empty_like(source, _block_shape("reduce_scatter", source.shape, self.world_size))
-        target, w, finish = _writable(out)
-        _same("reduce_scatter", v, w, v.count // self.world_size)
-        program = self._select("reduce_scatter", None, v.nbytes, algorithm)
-        return self._run(program, v.address, w.address, v.count, v.dtype, _op_code(op), timeout_s, async_op, out,
+            out = empty_like(native(x), block_shape("reduce_scatter", source.shape, self.world_size))
+        target, w, finish = self._writable(out)
+        need_same("reduce_scatter", v, w, v.count // self.world_size)
+        program = self._select("reduce_scatter", None, v, v.nbytes, algorithm)
+        return self._run(program, v.address, w.address, v.count, v.dtype, op_code(op), timeout_s, async_op, out,
                          (source, target, x, out), finish)  # fmt: skip
 
     def reduce_scatter_v(
@@ -297,17 +420,17 @@ class Communicator:
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """Like reduce_scatter with blocks of rows[r] rows for rank r."""
-        source, v = _readable(x)
-        _need_rows("reduce_scatter_v", source)
+        source, v = self._readable(x)
+        need_rows("reduce_scatter_v", source)
         rows, width = list(rows), math.prod(source.shape[1:])
         if len(rows) != self.world_size or sum(rows) != source.shape[0]:
             raise InvalidArgument(f"reduce_scatter_v: rows {rows} do not fit x of shape {tuple(source.shape)}")
         if out is None:
-            out = empty_like(source, (rows[self.rank], *source.shape[1:]))
-        target, w, finish = _writable(out)
-        _same("reduce_scatter_v", v, w, rows[self.rank] * width)
-        program = self._select("reduce_scatter", None, v.nbytes, algorithm)
-        return self._run(program, v.address, w.address, v.count, v.dtype, _op_code(op), timeout_s, async_op, out,
+            out = empty_like(native(x), (rows[self.rank], *source.shape[1:]))
+        target, w, finish = self._writable(out)
+        need_same("reduce_scatter_v", v, w, rows[self.rank] * width)
+        program = self._select("reduce_scatter", None, v, v.nbytes, algorithm)
+        return self._run(program, v.address, w.address, v.count, v.dtype, op_code(op), timeout_s, async_op, out,
                          (source, target, x, out), finish, blocks=[r * width for r in rows])  # fmt: skip
 
     def all_to_all(
@@ -316,17 +439,17 @@ class Communicator:
     ) -> Any:  # fmt: skip
         """x is cut into world_size equal blocks along dimension 0 and block r goes to rank r; the result (shape of x,
         or `out`) holds what came from rank r in block r."""
-        source, v = _readable(x)
+        source, v = self._readable(x)
         if v.count % self.world_size:
             raise InvalidArgument(f"all_to_all: {v.count} elements do not divide into {self.world_size} equal blocks")
         if out is None:
-            out = empty_like(source, source.shape)
-        target, w, finish = _writable(out)
-        _same("all_to_all", v, w, v.count)
-        if v.address < w.address + w.nbytes and w.address < v.address + v.nbytes:
-            source = _copy(source)
+            out = empty_like(native(x), source.shape)
+        target, w, finish = self._writable(out)
+        need_same("all_to_all", v, w, v.count)
+        if overlap(v, w):
+            source = copy_of(source)
             v = view(source)
-        program = self._select("all_to_all", None, v.nbytes, algorithm)
+        program = self._select("all_to_all", None, v, v.nbytes, algorithm)
         return self._run(program, v.address, w.address, v.count, v.dtype, _SUM, timeout_s, async_op, out,
                          (source, target, x, out), finish)  # fmt: skip
 
@@ -336,25 +459,26 @@ class Communicator:
     ) -> Any:  # fmt: skip
         """Like all_to_all with blocks of send_rows[r] rows for rank r and recv_rows[r] rows from it (None: they are
         exchanged first)."""
-        source, v = _readable(x)
-        _need_rows("all_to_all_v", source)
+        source, v = self._readable(x)
+        need_rows("all_to_all_v", source)
         send_rows, width = list(send_rows), math.prod(source.shape[1:])
         if len(send_rows) != self.world_size or sum(send_rows) != source.shape[0]:
             raise InvalidArgument(f"all_to_all_v: send_rows {send_rows} do not fit x of shape {tuple(source.shape)}")
         if recv_rows is None:
-            recv_rows = self.all_to_all(np.array(send_rows, np.int64)).tolist()
+            numbers = np.array(send_rows, np.int64)
+            recv_rows = self._on_host("all_to_all", numbers, np.empty_like(numbers)).tolist()
         recv_rows = list(recv_rows)
         if out is None:
-            out = empty_like(source, (sum(recv_rows), *source.shape[1:]))
-        target, w, finish = _writable(out)
-        _same("all_to_all_v", v, w, sum(recv_rows) * width)
-        if v.address < w.address + w.nbytes and w.address < v.address + v.nbytes:
-            source = _copy(source)
+            out = empty_like(native(x), (sum(recv_rows), *source.shape[1:]))
+        target, w, finish = self._writable(out)
+        need_same("all_to_all_v", v, w, sum(recv_rows) * width)
+        if overlap(v, w):
+            source = copy_of(source)
             v = view(source)
         # All ranks cut into as many slices as the largest block of any rank needs.
         largest = np.array([max([*send_rows, *recv_rows], default=0) * width], np.int64)
-        self.all_reduce(largest, "max")
-        program = self._select("all_to_all", None, int(largest[0]) * self.world_size, algorithm)
+        self._on_host("all_reduce", largest, largest, "max")
+        program = self._select("all_to_all", None, v, int(largest[0]) * self.world_size, algorithm)
         return self._run(program, v.address, w.address, 0, v.dtype, _SUM, timeout_s, async_op, out,
                          (source, target, x, out), finish, blocks=[r * width for r in send_rows],
                          output_blocks=[r * width for r in recv_rows], largest_block=int(largest[0]))  # fmt: skip
@@ -364,15 +488,15 @@ class Communicator:
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """Every rank's x, stacked on the root: [world_size, *x.shape] (or `out`). None elsewhere."""
-        source, v = _readable(x)
-        program = self._select("gather", root, v.nbytes * self.world_size, algorithm)
+        source, v = self._readable(x)
+        program = self._select("gather", root, v, v.nbytes * self.world_size, algorithm)
         if self.rank != root:
             return self._run(program, v.address, 0, v.count * self.world_size, v.dtype, _SUM, timeout_s, async_op, None,
                              (source, x))  # fmt: skip
         if out is None:
-            out = empty_like(source, (self.world_size, *source.shape))
-        target, w, finish = _writable(out)
-        _same("gather", v, w, v.count * self.world_size)
+            out = empty_like(native(x), (self.world_size, *source.shape))
+        target, w, finish = self._writable(out)
+        need_same("gather", v, w, v.count * self.world_size)
         return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
                          (source, target, x, out), finish)  # fmt: skip
 
@@ -386,15 +510,15 @@ class Communicator:
             raise InvalidArgument("scatter: the root needs x")
         if self.rank == root and out is None:
             x = native(x)
-            out = empty_like(x, _block_shape("scatter", x.shape, self.world_size))
+            out = empty_like(x, block_shape("scatter", x.shape, self.world_size))
         if out is None:
             raise InvalidArgument(f"scatter: rank {self.rank} is not the root {root} and needs out")
-        target, w, finish = _writable(out)
-        program = self._select("scatter", root, w.nbytes * self.world_size, algorithm)
+        target, w, finish = self._writable(out)
+        program = self._select("scatter", root, w, w.nbytes * self.world_size, algorithm)
         source, address = None, 0
         if self.rank == root:
-            source, v = _readable(x)
-            _same("scatter", v, w, w.count, v.count // self.world_size if v.count % self.world_size == 0 else -1)
+            source, v = self._readable(x)
+            need_same("scatter", v, w, w.count, v.count // self.world_size if v.count % self.world_size == 0 else -1)
             address = v.address
         return self._run(program, address, w.address, w.count * self.world_size, w.dtype, _SUM, timeout_s, async_op,
                          out, (source, target, x, out), finish)  # fmt: skip
@@ -403,17 +527,17 @@ class Communicator:
         self, *, async_op: bool = False, algorithm: str | Schedule | None = None, timeout_s: float | None = None
     ) -> Any:
         """Returns when every rank has called it."""
-        plain = not async_op and algorithm is None and record.current is None
+        plain = not async_op and algorithm is None and record.current is None and not self._emulates
         if plain and self._core.barrier(-1.0 if timeout_s is None else float(timeout_s)):
             return None
-        program = self._select("barrier", None, 0, algorithm)
+        program = self._select("barrier", None, None, 0, algorithm)
         return self._run(program, 0, 0, 0, _C.DTYPES["uint8"], _SUM, timeout_s, async_op, None, ())
 
     # --- point to point ---
     def send(self, x: Any, peer: int, *, tag: int = 0, async_op: bool = False, timeout_s: float | None = None) -> Any:
         """Sends x to `peer`, which calls recv. Messages of a pair and tag arrive in order; everything posted moves at
-        once."""
-        source, v = _readable(x)
+        once. What is on a GPU is staged through host memory, here and in recv: the host waits for the copy."""
+        source, v = self._readable(x, staged=True)
         limit = -1.0 if timeout_s is None else float(timeout_s)
         label = spans.EARLIER if record.current is None else self._label("send", v.nbytes, peer=peer)
         core = self._core.send(v.address, v.nbytes, v.dtype, peer, limit, tag)
@@ -425,7 +549,7 @@ class Communicator:
     ) -> Any:
         """Overwrites x with what `peer` (None: whichever rank is first, `Work.source` says which) sends under this tag;
         count and dtype must be the sender's."""
-        target, w, finish = _writable(x)
+        target, w, finish = self._writable(x, staged=True)
         limit = -1.0 if timeout_s is None else float(timeout_s)
         source = _C.ANY_PEER if peer is None else peer
         label = spans.EARLIER if record.current is None else self._label("recv", w.nbytes, peer=peer)
@@ -446,13 +570,14 @@ class Communicator:
     def exchange(self, blob: bytes) -> list[bytes]:
         """Every rank's bytes, in rank order."""
         mine = np.frombuffer(blob, np.uint8)
-        gathered = self.all_gather_v(mine)
-        ends = list(itertools.accumulate(self._last_rows, initial=0))
+        rows = self._rows(len(mine))
+        gathered = self._on_host("all_gather", mine, np.empty(sum(rows), np.uint8), blocks=rows)
+        ends = itertools.accumulate(rows, initial=0)
         return [gathered[lo:hi].tobytes() for lo, hi in itertools.pairwise(ends)]
 
     def _rows(self, mine: int) -> list[int]:
-        self._last_rows: list[int] = self.all_gather(np.array([mine], np.int64)).ravel().tolist()
-        return self._last_rows
+        rows = self._on_host("all_gather", np.array([mine], np.int64), np.empty(self.world_size, np.int64))
+        return [int(row) for row in rows]
 
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
         """A communicator of the ranks that give the same color, by (key, rank); None for color None. Collective."""
@@ -461,7 +586,7 @@ class Communicator:
         mine = np.array([-1 if color is None else color, key], np.int64)
         if color is not None and color < 0:
             raise InvalidArgument(f"split: color must be None or not negative, got {color}")
-        everyone = self.all_gather(mine).tolist()
+        everyone = self._on_host("all_gather", mine, np.empty((self.world_size, 2), np.int64)).tolist()
         if color is None:
             self.exchange(b"")
             self.exchange(b"")
@@ -495,6 +620,8 @@ class Communicator:
         """Leaves. Peers that still need this rank raise PeerLost. Calling it again does nothing."""
         self._core.close()
         self._in_flight.clear()
+        if self.device is not None:
+            self.device.forget()
         _open.discard(self)
 
     def __deepcopy__(self, memo: Any) -> Communicator:
@@ -512,61 +639,10 @@ class Communicator:
         self, nbytes: int, iterations: int, arena: bool = False, algorithm: str | None = None
     ) -> list[float]:
         """Seconds of each of `iterations` in-place float32 sums of nbytes, timed inside the core; collective."""
-        program = self._select("all_reduce", None, nbytes, algorithm)
-        barrier = self._select("barrier", None, 0, None)
+        program, _ = self._select("all_reduce", None, None, nbytes, algorithm)
+        barrier = self._choose("barrier", None, 0)
         return list(self._core.time_all_reduce(program, barrier, max(1, nbytes // 4), iterations, arena))
 
 
-def _op_code(op: str) -> int:
-    code = _C.REDUCE_OPS.get(op)
-    if code is None:
-        raise InvalidArgument(f"unknown reduction {op!r}: expected one of {', '.join(_C.REDUCE_OPS)}")
-    return int(code)
-
-
-def _readable(x: Any) -> tuple[Any, View]:
-    source = contiguous(native(x))
-    return source, view(source)
-
-
-def _writable(x: Any) -> tuple[Any, View, Callable[[], None] | None]:
-    found = view(x)
-    if not found.writable:
-        raise InvalidArgument("the output array is read-only")
-    if found.contiguous:
-        return x, found, None
-    whole = native(x)
-    target = empty_like(whole, whole.shape)
-    return target, view(target), lambda: assign(whole, target)
-
-
-def _write_back(x: Any, source: Any) -> Callable[[], None] | None:
-    found = view(x)
-    if not found.writable:
-        raise InvalidArgument("the array is read-only, so the result cannot be put into it")
-    return None if found.contiguous else lambda: assign(native(x), source)
-
-
-def _copy(x: Any) -> Any:
-    twin = empty_like(x, x.shape)
-    assign(twin, x)
-    return twin
-
-
-def _need_rows(what: str, x: Any) -> None:
-    if not len(x.shape):
-        raise InvalidArgument(f"{what}: x needs at least one dimension")
-
-
-def _same(what: str, v: View, w: View, expected: int, found: int | None = None) -> None:
-    if v.dtype != w.dtype:
-        raise InvalidArgument(f"{what}: input is {DTYPE_NAMES[v.dtype]}, output is {DTYPE_NAMES[w.dtype]}")
-    found = w.count if found is None else found
-    if found != expected:
-        raise InvalidArgument(f"{what}: output has {found} elements, expected {expected}")
-
-
-def _block_shape(what: str, shape: Sequence[int], world_size: int) -> tuple[int, ...]:
-    if not shape or shape[0] % world_size:
-        raise InvalidArgument(f"{what}: dimension 0 of {tuple(shape)} is not a multiple of world_size {world_size}")
-    return (shape[0] // world_size, *shape[1:])
+def _never(x: Any, op: str, out: Any) -> None:
+    """In place of the core's fast_all_reduce where it can do nothing."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from paracomm import _C
+from paracomm.comm import device
 from paracomm.comm.communicator import Communicator
 from paracomm.errors import InvalidArgument
 
@@ -51,12 +52,13 @@ def connect(
     Raises:
         Timeout: some ranks did not connect in time; the message names them.
         SecurityError: a rank could not prove that it belongs to the job.
-        InvalidArgument: the arguments do not fit each other.
+        InvalidArgument: the arguments do not fit each other, or PARACOMM_DEVICE is none of its values.
     """
     if not 0 <= rank < world_size:
         raise InvalidArgument(f"rank must be in 0..{world_size - 1}, got {rank}")
     if transport not in (None, "tcp", "local"):
         raise InvalidArgument(f"transport must be None, 'tcp' or 'local', got {transport!r}")
+    device.mode()  # an unknown one is refused before anybody waits for this rank
     settings = (transport, interface, master_address, host_id, connect_timeout_s, tuning)
     if transport == "local":
         core = _connect_threads(rank, world_size, exchange, timeout_s, tuning)

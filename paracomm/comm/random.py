@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from paracomm import _C
-from paracomm.comm.arrays import DTYPE_NAMES, View, view
+from paracomm.comm.arrays import DTYPE_NAMES, View, host_view
 from paracomm.errors import InvalidArgument
 
 _INT64, _BOOL, _FLOAT64 = _C.DTYPES["int64"], _C.DTYPES["bool"], _C.DTYPES["float64"]
@@ -57,7 +57,7 @@ def _expect_bits(where: str, **numbers: tuple[int, int]) -> None:
 
 
 def _dense(name: str, array: Any, dtype: int) -> View:
-    found = view(array)
+    found = host_view(array)
     if found.dtype != dtype or not found.contiguous:
         raise InvalidArgument(
             f"{name} is {'' if found.contiguous else 'strided '}{DTYPE_NAMES[found.dtype]}, "

@@ -13,6 +13,9 @@ from paracomm.timeline import record
 class Work:
     """An operation under way. Its arrays must stay as they are until `wait()` returned or `done()` is true."""
 
+    joins = False
+    """True: `wait()` only lets the current stream wait."""
+
     def __init__(
         self,
         core: _C.Work,
@@ -41,11 +44,15 @@ class Work:
         else:
             with spans.blocked(self._label):
                 self._core.wait(limit)
-        if self._finish is not None:
-            self._finish()
-            self._finish = None
+        self._after()
         self._keep.clear()
         return self._result
+
+    def _after(self) -> None:
+        """What is left to do when the operation is complete, once."""
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
 
     def done(self) -> bool:
         """True when the operation is complete or has failed. Never blocks."""

@@ -1,8 +1,9 @@
 """What every hook of ours stands on: a state that starts, finishes, remembers and fails.
 
 A bucket's averaging is two functions: `start` runs where torch calls the hook and begins the first operation; what it
-returns runs on the state's own thread once its turn comes, waits, sends a second message on the twin wire if there is
-one, and gives the averaged bucket. Both run in the order of the buckets, which is the same on every rank.
+returns runs on the state's own thread once its turn comes (of a GPU's bucket: at once, on a stream of its own), waits,
+sends a second message on the twin wire if there is one, and gives the averaged bucket. Both run in the order of the
+buckets, which is the same on every rank.
 
     backward thread   | start 0 | ... | start 1 | ... | start 2 |
     first wire        |  [ message 0 ]  [ message 1 ]   [ message 2 ]
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from paracomm.comm.streams import SideStreams
 from paracomm.errors import InvalidArgument
 from paracomm.hooks.lane import Function, Lane, because_of, keeps_order
 from paracomm.hooks.wire import Wire, default_group, wire_of
@@ -132,6 +134,7 @@ class HookState(ABC):
         self.failure: BaseException | None = None
         """What the hook raised first, on this rank."""
         self._lane = Lane(f"paracomm {type(self).__name__}")
+        self._sides = SideStreams()
         if model is not None:
             self.bind(model)
 
@@ -171,11 +174,17 @@ class HookState(ABC):
         except BaseException as error:
             raise self.fail(error) from None
         buffer = bucket.buffer()
-        if buffer.device.type != "cpu":  # the stream keeps the order, and waiting for it blocks nobody
-            done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
-            done.set_result(finish())
-            return done
+        if buffer.is_cuda:
+            return self._finish_on_stream(buffer, finish)
         return self._lane.submit(lambda: self._finish(finish))
+
+    def _finish_on_stream(self, buffer: Tensor, finish: Finish) -> Any:
+        """A side stream keeps the order of the buckets and waits, while the current one goes on with backward."""
+        side = self._sides.of(buffer.device)
+        done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
+        with torch.no_grad(), side.after(side.now(), buffer, finish):
+            done.set_result(self._finish(finish))
+        return done
 
     def _finish(self, finish: Finish) -> Tensor:
         try:

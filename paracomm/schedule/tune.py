@@ -169,6 +169,19 @@ def default_table(world_size: int, hosts: Sequence[int] | None = None) -> Table:
     return few
 
 
+def device_table(world_size: int) -> Table:
+    """Sound choices for GPUs of one host that map each other's memory.
+
+    All reductions add in the order of ranks, so that neither the size of a call, nor whether it is an all_reduce or a
+    reduce_scatter, changes a bit. One kernel does one_shot, and ordered up to the size of its staging buffer
+    (DeviceOptions), without messages.
+    """
+    table = default_table(world_size)
+    table["all_reduce"] = [[max(4096, 131072 // world_size), "one_shot", {}], [UNLIMITED, "ordered", {}]]
+    table["reduce_scatter"] = [[UNLIMITED, "ordered", {}]]
+    return table
+
+
 def cache_path(host: str, hosts: Sequence[int]) -> Path:
     """Where the table of this layout is kept: in XDG_CACHE_HOME or ~/.cache, keyed by rank 0's host and the layout."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -5,6 +5,7 @@
 
 #include "comm/point_to_point.h"
 #include "comm/queue.h"
+#include "executor/where.h"
 
 namespace paracomm {
 
@@ -15,10 +16,7 @@ struct Communicator::LocalGroup {
 
 namespace {
 
-constexpr size_t kPlans = 4096;   // in the cache
 constexpr double kCause_s = 0.2;  // a peer that left on somebody else's death is seen before that death, at times
-
-size_t mix(size_t hash, size_t value) noexcept { return (hash ^ value) * 0x9E3779B97F4A7C15ull + (hash >> 29); }
 
 // On one host a tile should stay in the second-level cache: of windows from 128 KiB to 4 MiB (with staging of four
 // times as much), 256 to 384 KiB gave the best times for 1 to 64 MiB at 2 ranks, 1.4 times better than 2 MiB. Between
@@ -45,7 +43,14 @@ Communicator::Communicator(int rank, int world_size, const CommOptions& options,
       world_size_(world_size),
       options_(options),
       hosts_(std::move(hosts)),
-      generation_(fork_generation()) {
+      generation_(fork_generation()),
+      plans_([this](const Program&, Shape& shape) {
+        shape.window_bytes = options_.window_bytes;
+        shape.lag = options_.lag;
+      }),
+      device_plans_([this](const Program& program, Shape& shape) {
+        shape.window_bytes = device_->window_bytes(program, shape);
+      }) {
   if (options_.cores <= 0) options_.cores = usable_cpus();
   interruption_.stuck = [this](const Signature& signature) { tell_waiting(signature); };
   interruption_.left = std::make_unique<std::atomic<bool>[]>(static_cast<size_t>(world_size));
@@ -229,11 +234,14 @@ Communicator::~Communicator() {
     // A forked child has none of the threads: to join them is to wait for ever.
     static_cast<void>(new auto(std::move(queue_)));
     static_cast<void>(new auto(std::move(p2p_)));
+    static_cast<void>(new auto(std::move(device_)));
   }
 }
 
 void Communicator::close() {
   if (generation_ != fork_generation()) return;  // a forked child owns none of this
+  // First of all, while failures of others are still heard of: it waits until peers have read what this rank sent.
+  if (device_) device_->close();
   std::shared_ptr<ControlPlane> control;
   {
     const std::lock_guard lock(failure_mutex_);
@@ -353,7 +361,7 @@ int Communicator::add_program(Program program) {
     throw Error(ErrorKind::invalid_argument, "program of rank " + std::to_string(program.rank) + " of " +
                                                  std::to_string(program.world_size) + " given to rank " +
                                                  std::to_string(rank_) + " of " + std::to_string(world_size_));
-  programs_.push_back(std::make_unique<Program>(std::move(program)));
+  programs_.push_back(std::make_shared<const Program>(std::move(program)));
   return static_cast<int>(programs_.size()) - 1;
 }
 
@@ -377,86 +385,119 @@ int Communicator::choose(Collective collective, int root, size_t nbytes) const n
 }
 
 const Plan& Communicator::plan(const Call& call, bool idle) {
-  auto fits = [&](const CachedPlan& p) {
-    return p.program == call.program && p.count == call.count && p.dtype == call.dtype &&
-           p.largest == call.largest_block && p.blocks == call.blocks && p.output_blocks == call.output_blocks;
-  };
-  if (last_plan_ != nullptr && fits(*last_plan_)) return *last_plan_->plan;
-  size_t key = mix(mix(static_cast<size_t>(call.program), call.count), static_cast<size_t>(call.dtype));
-  for (size_t block : call.blocks) key = mix(key, block);
-  const auto [begin, end] = plans_.equal_range(key);
-  for (auto it = begin; it != end; ++it)
-    if (fits(it->second)) return *(last_plan_ = &it->second)->plan;
-  if (plans_.size() >= kPlans && idle) {  // else a job under way may need one
-    plans_.clear();
-    last_plan_ = nullptr;
-  }
-  const Program& program = *programs_[static_cast<size_t>(call.program)];
-  Shape shape;
-  shape.dtype = call.dtype;
-  shape.window_bytes = options_.window_bytes;
-  shape.lag = options_.lag;
-  shape.output_blocks = call.output_blocks;
-  if (!call.blocks.empty()) {
-    shape.blocks = call.blocks;
-    shape.largest_chunk = call.largest_block;
-  } else {
-    const bool by_block = program.collective == Collective::all_gather || program.collective == Collective::gather ||
-                          program.collective == Collective::reduce_scatter ||
-                          program.collective == Collective::scatter || program.collective == Collective::all_to_all;
-    const auto n = static_cast<size_t>(by_block ? world_size_ : 1);
-    if (call.count % n != 0)
-      throw Error(ErrorKind::invalid_argument,
-                  std::to_string(call.count) + " elements do not divide into " + std::to_string(n) + " equal blocks");
-    shape.blocks.assign(n, call.count / n);
-  }
-  CachedPlan cached{call.program,
-                    call.dtype,
-                    call.blocks,
-                    call.output_blocks,
-                    call.count,
-                    call.largest_block,
-                    std::make_unique<Plan>(program, shape)};
-  last_plan_ = &plans_.emplace(key, std::move(cached))->second;
-  return *last_plan_->plan;
+  return *plans_.get(call, *programs_[static_cast<size_t>(call.program)], idle);
 }
 
-Job Communicator::prepare(const Call& call, bool idle) {
+const std::shared_ptr<const Program>& Communicator::check_program(const Call& call) const {
   const bool known = call.program >= 0 && call.program < static_cast<int>(programs_.size());
   if (interruption_.stop.load(std::memory_order_acquire))
     throw_failure(known ? where(*programs_[static_cast<size_t>(call.program)], sequence_ + 1)
                         : "rank " + std::to_string(rank_));
   if (!known) throw Error(ErrorKind::invalid_argument, "no program " + std::to_string(call.program));
-  const Program& program = *programs_[static_cast<size_t>(call.program)];
+  return programs_[static_cast<size_t>(call.program)];
+}
+
+Signature Communicator::sign(const Call& call, const Program& program, Processor processor) {
+  Signature signature;
+  signature.sequence = ++sequence_;
+  signature.schedule = program.fingerprint;
+  signature.collective = program.collective;
+  signature.dtype = call.dtype;
+  signature.op = call.op;
+  signature.processor = processor;
+  signature.root = program.root;
+  signature.count = call.count;
+  if (program.collective == Collective::all_to_all && !call.blocks.empty()) {
+    signature.count = call.largest_block;
+  } else if (!call.blocks.empty()) {
+    size_t hash = 0;
+    for (size_t block : call.blocks) hash = mix(hash, block);
+    signature.count = hash;
+  }
+  return signature;
+}
+
+Job Communicator::prepare(const Call& call, bool idle) {
+  const std::shared_ptr<const Program>& program = check_program(call);
   Job job;
   job.plan = &plan(call, idle);
-  job.program = &program;
+  job.program = program.get();
   job.reduce = select_reduce(call.dtype, call.op == ReduceOp::avg && world_size_ == 1 ? ReduceOp::sum : call.op);
   job.divisor = call.op == ReduceOp::avg ? world_size_ : 1;
   job.input = static_cast<const std::byte*>(call.input);
   job.output = static_cast<std::byte*>(call.output);
   job.timeout_s = call.timeout_s >= 0 ? call.timeout_s : options_.timeout_s;
   job.deadline = Deadline::after(job.timeout_s);
-  job.signature.sequence = ++sequence_;
-  job.signature.schedule = program.fingerprint;
-  job.signature.collective = program.collective;
-  job.signature.dtype = call.dtype;
-  job.signature.op = call.op;
-  job.signature.root = program.root;
-  job.signature.count = call.count;
-  if (program.collective == Collective::all_to_all && !call.blocks.empty()) {
-    job.signature.count = call.largest_block;
-  } else if (!call.blocks.empty()) {
-    size_t hash = 0;
-    for (size_t block : call.blocks) hash = mix(hash, block);
-    job.signature.count = hash;
-  }
+  job.signature = sign(call, *program, Processor::host);
   return job;
 }
 
+void Communicator::check_peers_are_here(const Program& program, const Plan& plan) const {
+  const auto check = [&](int32_t peer) {
+    if (peer < 0 || !interruption_.left[static_cast<size_t>(peer)].load(std::memory_order_acquire)) return;
+    throw Error(ErrorKind::peer_lost, where(program, sequence_ + 1) + ": rank " + std::to_string(peer) + " (" +
+                                          hosts_[static_cast<size_t>(peer)] + ") has closed its communicator");
+  };
+  for (const Instruction& instruction : plan.instructions()) {
+    for (const Source& source : instruction.sources) check(source.peer);
+    for (const Destination& to : instruction.sends) check(to.peer);
+  }
+}
+
+DeviceJob Communicator::prepare_device(const Call& call) {
+  DeviceJob job;
+  job.program = check_program(call);
+  // Throws where the operation has no meaning.
+  select_reduce(call.dtype, call.op == ReduceOp::avg && world_size_ == 1 ? ReduceOp::sum : call.op);
+  job.plan = device_plans_.get(call, *job.program, true);
+  check_peers_are_here(*job.program, *job.plan);
+  job.input = call.input;
+  job.output = call.output;
+  job.dtype = call.dtype;
+  job.op = call.op;
+  job.divisor = call.op == ReduceOp::avg ? world_size_ : 1;
+  job.count = call.count;
+  job.timeout_s = call.timeout_s >= 0 ? call.timeout_s : options_.timeout_s;
+  job.signature = sign(call, *job.program, Processor::device);
+  return job;
+}
+
+std::shared_ptr<Work> Communicator::submit_device(const Call& call, uintptr_t stream) {
+  check_process();
+  if (!device_) throw Error(ErrorKind::error, "this communicator has no device");
+  return queue_->submit_device(call, stream);
+}
+
+void Communicator::attach_device(std::shared_ptr<DeviceExecutor> device) {
+  check();
+  if (device_) throw Error(ErrorKind::error, "this communicator has a device already");
+  device_ = std::move(device);
+}
+
+DeviceHooks Communicator::device_hooks() {
+  DeviceHooks hooks;
+  hooks.rank = rank_;
+  hooks.hosts = hosts_;
+  hooks.host_indices = host_indices_;
+  hooks.stopped = &interruption_.stop;
+  hooks.left = interruption_.left.get();
+  hooks.fail = [this](const Error& error) { fail(error, true); };
+  hooks.failure = [this](const std::string& context) {
+    try {
+      throw_failure(context);
+    } catch (...) {
+      return std::current_exception();
+    }
+  };
+  hooks.stuck = [this](const Signature& signature) { tell_waiting(signature); };
+  return hooks;
+}
+
 std::string Communicator::where(const Program& program, uint32_t sequence) const {
-  return std::string(name_of(program.collective)) + "[" + program.name + "] #" + std::to_string(sequence) + " rank " +
-         std::to_string(rank_) + " (" + hosts_[static_cast<size_t>(rank_)] + ")";
+  Signature signature;
+  signature.sequence = sequence;
+  signature.collective = program.collective;
+  return name_of_call(signature, program.name, rank_, hosts_[static_cast<size_t>(rank_)]);
 }
 
 void Communicator::run_job(Job& job) {

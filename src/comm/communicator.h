@@ -9,11 +9,12 @@
 #include <optional>
 #include <string>
 #include <thread>
-#include <unordered_map>
 #include <vector>
 
-#include "comm/work.h"
+#include "comm/plan_cache.h"
 #include "core/error.h"
+#include "core/work.h"
+#include "executor/device_executor.h"
 #include "executor/host_executor.h"
 #include "schedule/plan.h"
 #include "transport/control.h"
@@ -80,6 +81,15 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void run(const Call& call);
   /// Queues it.
   std::shared_ptr<Work> submit(const Call& call);
+  /// What a DeviceExecutor for this communicator is made with.
+  DeviceHooks device_hooks();
+  /// Once, after the executor was connected, before the first submit_device.
+  void attach_device(std::shared_ptr<DeviceExecutor> device);
+  /// Runs the collective on the device, after what `stream` holds so far (see DeviceExecutor::launch). Device
+  /// operations count in the same row as others: ranks submit all of them in one order.
+  std::shared_ptr<Work> submit_device(const Call& call, uintptr_t stream);
+  const std::shared_ptr<DeviceExecutor>& device() const noexcept { return device_; }
+
   /// Messages of one pair and tag arrive in their order.
   std::shared_ptr<Work> send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s, int tag = 0);
   /// From kAnyPeer: from whichever rank has such a message first; `Work::source` says which.
@@ -100,7 +110,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void on_event(const PeerEvent& event);
 
  private:
-  /// This rank's last operations: written by one thread at a time, read by any.
+  /// This rank's last operations: an entry is written by one thread at a time, read by any.
   class History {
    public:
     void add(const Signature& signature) noexcept;
@@ -123,7 +133,14 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Patience patience() const;
   /// `idle`: no job is queued or running, so that plans may be dropped.
   const Plan& plan(const Call& call, bool idle);
+  /// The program of a call. Throws if there is none, or if the communicator has failed.
+  const std::shared_ptr<const Program>& check_program(const Call& call) const;
+  Signature sign(const Call& call, const Program& program, Processor processor);
   Job prepare(const Call& call, bool idle);
+  DeviceJob prepare_device(const Call& call);
+  /// Throws where a rank that has left, whose device memory may be gone, is to send or receive. What it sent before was
+  /// received before it left.
+  void check_peers_are_here(const Program& program, const Plan& plan) const;
   /// Throws in a forked child, before it can wait for a lock that no thread of it will ever give back.
   void check_process() const;
   /// "all_reduce[ring] #7 rank 3 (hostB)".
@@ -153,18 +170,12 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::shared_ptr<class CollectiveQueue> queue_;
   std::shared_ptr<PointToPoint> p2p_;
 
-  std::vector<std::unique_ptr<Program>> programs_;
+  std::shared_ptr<DeviceExecutor> device_;
+
+  std::vector<std::shared_ptr<const Program>> programs_;
   std::map<std::pair<int, int>, std::vector<std::pair<size_t, int>>> choices_;
   const std::vector<std::pair<size_t, int>>* all_reduce_choice_ = nullptr;
-  struct CachedPlan {
-    int program;
-    DType dtype;
-    std::vector<size_t> blocks, output_blocks;
-    size_t count, largest;
-    std::unique_ptr<Plan> plan;
-  };
-  std::unordered_multimap<size_t, CachedPlan> plans_;
-  const CachedPlan* last_plan_ = nullptr;
+  PlanCache plans_, device_plans_;
   uint32_t sequence_ = 0;
   History history_;
 

@@ -56,6 +56,14 @@ std::shared_ptr<Work> CollectiveQueue::submit(const Call& call) {
   return work;
 }
 
+std::shared_ptr<Work> CollectiveQueue::submit_device(const Call& call, uintptr_t stream) {
+  const std::lock_guard lock(mutex_);
+  if (stopping_) throw Error(ErrorKind::error, "this communicator is closed");
+  const DeviceJob job = comm_.prepare_device(call);
+  comm_.history_.add(job.signature);
+  return comm_.device_->launch(job, stream);
+}
+
 void CollectiveQueue::run_front(std::unique_lock<std::mutex>& lock) {
   Item item = std::move(items_.front());
   items_.pop_front();

@@ -20,6 +20,8 @@ class CollectiveQueue final : public Runner, public std::enable_shared_from_this
   /// In this thread, at once if nothing is queued.
   void run(const Call& call);
   std::shared_ptr<Work> submit(const Call& call);
+  /// Takes its number here like the others, but runs on a stream.
+  std::shared_ptr<Work> submit_device(const Call& call, uintptr_t stream);
   void finish(Work& work, double timeout_s) override;
   /// Fails what is queued, waits for what runs and ends the progress thread.
   void stop() noexcept;

@@ -39,6 +39,8 @@ const char* name_of(Collective collective) noexcept {
   return i < sizeof kCollectiveNames / sizeof *kCollectiveNames ? kCollectiveNames[i] : "unknown collective";
 }
 
+const char* name_of(Processor processor) noexcept { return processor == Processor::host ? "host" : "device"; }
+
 std::string describe(const Signature& signature) {
   std::string text = call_of(signature);
   if (signature.collective == Collective::barrier) return text;
@@ -57,12 +59,13 @@ std::string difference(const Signature& here, const Signature& there) {
   clauses.add("dtype", name_of(here.dtype), name_of(there.dtype));
   clauses.add("count", std::to_string(here.count), std::to_string(there.count));
   clauses.add("reduction", name_of(here.op), name_of(there.op));
+  clauses.add("processor", name_of(here.processor), name_of(there.processor));
   clauses.add("root", std::to_string(here.root), std::to_string(there.root));
   // The fingerprint says that the schedules differ, not how; unequal worlds or tuning tables are the usual cause.
   if (clauses.text().empty() && here.schedule != there.schedule)
     return "schedule fingerprint " + std::to_string(here.schedule) + " here, " + std::to_string(there.schedule) +
            " there (the ranks chose different algorithms)";
-  return clauses.text().empty() ? (here == there ? "no difference" : "reserved bytes differ") : clauses.text();
+  return clauses.text().empty() ? "no difference" : clauses.text();
 }
 
 }  // namespace paracomm

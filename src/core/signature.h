@@ -24,6 +24,10 @@ enum class Collective : uint8_t {
 };
 const char* name_of(Collective collective) noexcept;
 
+/// Where the data of an operation lie and who works on it.
+enum class Processor : uint8_t { host, device };
+const char* name_of(Processor processor) noexcept;
+
 /// Equal on all ranks of a collective, or the call is a mismatch.
 struct Signature {
   uint32_t sequence = 0;  ///< number of the operation on its communicator
@@ -32,7 +36,7 @@ struct Signature {
   Collective collective = Collective::custom;
   DType dtype = DType::uint8;
   ReduceOp op = ReduceOp::sum;
-  uint8_t reserved = 0;
+  Processor processor = Processor::host;
   int32_t root = -1;  ///< of a send: its tag
 
   friend bool operator==(const Signature&, const Signature&) = default;

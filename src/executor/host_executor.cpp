@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
 
 #include "core/error.h"
 #include "core/fd.h"
 #include "core/nap.h"
+#include "executor/where.h"
 
 namespace paracomm {
 namespace {
@@ -34,12 +34,6 @@ constexpr size_t kBlock = 8 << 10;   // stays in the first-level cache
 // past the cache, its lines are not read first. Scatter of 16 MiB over 8 ranks on 2 cores takes 0.9 of the time.
 constexpr size_t kPastCache = 1 << 20;
 const Instruction kDraining{};  // for messages about the end of a job
-
-std::string seconds_text(double seconds) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%g s", seconds);
-  return text;
-}
 
 }  // namespace
 
@@ -313,9 +307,9 @@ std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const In
       const bool queued = progress();
       const auto remaining = job.deadline.remaining();
       if (remaining.count() == 0)
-        throw Error(ErrorKind::timeout, where(job, instruction) + ": " + what + " rank " + std::to_string(peer) + " (" +
-                                            hosts_[static_cast<size_t>(peer)] + ") timed out after " +
-                                            seconds_text(job.timeout_s) + ", the timeout of this call");
+        throw Error(ErrorKind::timeout,
+                    where(job, instruction) + ": " +
+                        name_of_timeout(what, peer, hosts_[static_cast<size_t>(peer)], job.timeout_s));
       const bool others = queued && distinct_.size() > 1;
       endpoint.wait(peer, std::min(remaining, others ? kBusyNap : kNap));
     }
@@ -323,15 +317,9 @@ std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const In
 }
 
 std::string HostExecutor::where(const Job& job, const Instruction& instruction) const {
-  const auto& all = job.plan->instructions();
-  std::string text = std::string(name_of(job.signature.collective)) + "[" + job.program->name + "] #" +
-                     std::to_string(job.signature.sequence) + " rank " + std::to_string(rank_) + " (" +
-                     hosts_[static_cast<size_t>(rank_)] + ")";
-  if (&instruction != &kDraining)
-    text += " at op " + std::to_string(&instruction - all.data() + 1) + "/" + std::to_string(all.size()) + " (chunk " +
-            std::to_string(instruction.size_chunk) + ", " + std::to_string(job.plan->nbytes(instruction, 0)) +
-            " bytes)";
-  return text;
+  const std::string call = name_of_call(job.signature, job.program->name, rank_, hosts_[static_cast<size_t>(rank_)]);
+  if (&instruction == &kDraining) return call;
+  return call + name_of_place(*job.plan, static_cast<size_t>(&instruction - job.plan->instructions().data()));
 }
 
 }  // namespace paracomm

@@ -561,29 +561,47 @@ class PlanBuilder {
 
 Plan::Plan(const Program& program, const Shape& shape) { PlanBuilder(program, shape, *this).build(); }
 
+size_t Plan::grain() const noexcept { return kLine / element_; }
+
 size_t Plan::part(size_t count, int32_t tile) const noexcept {
   if (tile == 0) return 0;
   if (tile == tiles_) return count;
-  const size_t grain = kLine / element_;
-  return count * static_cast<size_t>(tile) / static_cast<size_t>(tiles_) / grain * grain;
+  return count * static_cast<size_t>(tile) / static_cast<size_t>(tiles_) / grain() * grain();
 }
 
-size_t Plan::offset(const Place& place, int32_t size_chunk, int32_t tile) const noexcept {
+Plan::Extent Plan::extent(const Place& place, int32_t size_chunk) const noexcept {
   // all_to_all: sizes of output chunks are those of output_chunks_.
   const std::vector<Chunk>& layout = place.memory == Memory::output ? output_chunks_ : input_chunks_;
   if (place.memory == Memory::scratch)
-    return static_cast<size_t>(place.chunk) * slot_bytes_ + part(chunks_[size_chunk].count, tile) * element_;
-  const Chunk& chunk = layout[place.chunk];
-  return (chunk.offset + part(chunk.count, tile)) * element_;
+    return {static_cast<size_t>(place.chunk) * slot_bytes_, chunks_[static_cast<size_t>(size_chunk)].count};
+  const Chunk& chunk = layout[static_cast<size_t>(place.chunk)];
+  return {chunk.offset * element_, chunk.count};
+}
+
+size_t Plan::offset(const Place& place, int32_t size_chunk, int32_t tile) const noexcept {
+  const Extent chunk = extent(place, size_chunk);
+  return chunk.offset + part(chunk.count, tile) * element_;
+}
+
+const std::vector<Plan::Chunk>& Plan::sizes(const Instruction& instruction) const noexcept {
+  // A recv of all_to_all has the size of its output chunk.
+  const bool by_output = instruction.has_place && instruction.place.memory == Memory::output;
+  return by_output ? output_chunks_ : chunks_;
+}
+
+size_t Plan::count(const Instruction& instruction) const noexcept {
+  size_t count = 0;
+  for (int32_t c = instruction.size_chunk; c < instruction.size_chunk + instruction.span; ++c)
+    count += sizes(instruction)[static_cast<size_t>(c)].count;
+  return count;
 }
 
 size_t Plan::nbytes(const Instruction& instruction, int32_t tile) const noexcept {
-  // A recv of all_to_all has the size of its output chunk.
-  const bool by_output = instruction.has_place && instruction.place.memory == Memory::output;
-  const std::vector<Chunk>& layout = by_output ? output_chunks_ : chunks_;
   size_t count = 0;
-  for (int32_t c = instruction.size_chunk; c < instruction.size_chunk + instruction.span; ++c)
-    count += part(layout[c].count, tile + 1) - part(layout[c].count, tile);
+  for (int32_t c = instruction.size_chunk; c < instruction.size_chunk + instruction.span; ++c) {
+    const size_t all = sizes(instruction)[static_cast<size_t>(c)].count;
+    count += part(all, tile + 1) - part(all, tile);
+  }
   return count * element_;
 }
 

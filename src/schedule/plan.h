@@ -109,6 +109,20 @@ class Plan {
   /// Bytes that an instruction moves in a tile.
   size_t nbytes(const Instruction& instruction, int32_t tile) const noexcept;
 
+  /// The same for all tiles at once, for executors that cut by themselves.
+  struct Extent {
+    size_t offset = 0;  ///< bytes from the start of the memory to the chunk
+    size_t count = 0;   ///< elements of the chunk, of which a tile has its part()
+  };
+  Extent extent(const Place& place, int32_t size_chunk) const noexcept;
+  /// Elements that an instruction moves in all tiles.
+  size_t count(const Instruction& instruction) const noexcept;
+  /// Elements of a chunk of `count` before tile `tile`: count * tile / tiles, rounded down to `grain` elements.
+  size_t part(size_t count, int32_t tile) const noexcept;
+  size_t grain() const noexcept;
+  size_t slot_bytes() const noexcept { return slot_bytes_; }
+  int32_t scratch_slots() const noexcept { return scratch_slots_; }
+
   /// One line an instruction, for tests and for people.
   std::string dump() const;
 
@@ -117,7 +131,7 @@ class Plan {
   struct Chunk {
     size_t offset = 0, count = 0;  ///< elements
   };
-  size_t part(size_t count, int32_t tile) const noexcept;  ///< elements of a chunk before tile `tile`
+  const std::vector<Chunk>& sizes(const Instruction& instruction) const noexcept;
 
   std::vector<Instruction> instructions_;
   std::vector<Chunk> chunks_;         ///< layout of data (or input)

@@ -11,7 +11,7 @@ from paracomm.schedule.registry import algorithms
 from paracomm.schedule.schedule import COLLECTIVES, ROOTED
 
 FOLDER = Path(__file__).resolve().parent
-WORLDS = (2, 3, 5, 8)
+WORLDS = (2, 3, 4, 5, 8)
 HEAD = (
     "collective", "name", "rank", "world_size", "root", "chunks", "scratch_chunks", "volume", "levels", "pair_depth",
     "fingerprint", "n_ops",

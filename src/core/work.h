@@ -24,6 +24,9 @@ class Runner {
 class Work {
  public:
   explicit Work(std::shared_ptr<Runner> runner) : runner_(std::move(runner)) {}
+  virtual ~Work() = default;
+  Work(const Work&) = delete;
+  Work& operator=(const Work&) = delete;
 
   /// Blocks until the operation is complete; throws what it failed with, on every call.
   void wait(double timeout_s = -1) {

@@ -1,0 +1,56 @@
+"""What the collectives ask of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from paracomm import _C
+from paracomm.comm.arrays import DTYPE_NAMES, View, assign, empty_like
+from paracomm.comm.device import name_of
+from paracomm.errors import InvalidArgument
+
+
+def op_code(op: str) -> int:
+    """The core's number of a reduction."""
+    code = _C.REDUCE_OPS.get(op)
+    if code is None:
+        raise InvalidArgument(f"unknown reduction {op!r}: expected one of {', '.join(_C.REDUCE_OPS)}")
+    return int(code)
+
+
+def copy_of(x: Any) -> Any:
+    """A contiguous copy, of the same library and device."""
+    twin = empty_like(x, x.shape)
+    assign(twin, x)
+    return twin
+
+
+def overlap(v: View, w: View) -> bool:
+    """Whether two arrays share memory."""
+    return v.address < w.address + w.nbytes and w.address < v.address + v.nbytes
+
+
+def need_rows(what: str, x: Any) -> None:
+    """Raises InvalidArgument for an array without dimensions."""
+    if not len(x.shape):
+        raise InvalidArgument(f"{what}: x needs at least one dimension")
+
+
+def need_same(what: str, v: View, w: View, expected: int, found: int | None = None) -> None:
+    """Raises InvalidArgument unless input and output have one dtype and device, and the output (or `found`) `expected`
+    elements."""
+    if v.dtype != w.dtype:
+        raise InvalidArgument(f"{what}: input is {DTYPE_NAMES[v.dtype]}, output is {DTYPE_NAMES[w.dtype]}")
+    if v.device != w.device:
+        raise InvalidArgument(f"{what}: input is on {name_of(v.device)}, output is on {name_of(w.device)}")
+    found = w.count if found is None else found
+    if found != expected:
+        raise InvalidArgument(f"{what}: output has {found} elements, expected {expected}")
+
+
+def block_shape(what: str, shape: Sequence[int], world_size: int) -> tuple[int, ...]:
+    """The shape of one of world_size equal blocks along dimension 0."""
+    if not shape or shape[0] % world_size:
+        raise InvalidArgument(f"{what}: dimension 0 of {tuple(shape)} is not a multiple of world_size {world_size}")
+    return (shape[0] // world_size, *shape[1:])
