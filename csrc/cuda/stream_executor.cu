@@ -544,6 +544,14 @@ int device_count(std::string* why) {
   return 0;
 }
 
+int device_of(const void* data) {
+  cudaPointerAttributes attributes{};
+  check(cudaPointerGetAttributes(&attributes, data), "cudaPointerGetAttributes");
+  if (attributes.type == cudaMemoryTypeUnregistered || attributes.type == cudaMemoryTypeHost)
+    throw Error(ErrorKind::invalid_argument, "the array's memory is no memory of a " PARACOMM_DEVICE_KIND " device");
+  return attributes.device;
+}
+
 DeviceOptions default_options() {
   DeviceOptions options;
 #if defined(PARACOMM_EMULATED)

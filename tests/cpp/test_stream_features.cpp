@@ -71,6 +71,32 @@ void test_many_under_way(const std::vector<World>& worlds) {
   });
 }
 
+/// Calls in one kernel of sizes in turn: a block has other elements in each, and a fast rank must not write what a slow
+/// one still reads of the call before.
+void test_sizes_in_turn(const std::vector<World>& worlds) {
+  constexpr int kRanks = 4, kRounds = 60;
+  for (const char* name : {"all_reduce.one_shot", "all_reduce.ordered"}) {
+    DeviceWorld devices(kRanks);
+    run_threads(kRanks, [&](int rank) {
+      const DeviceStream stream(rank);
+      const int program = add(devices, rank, find_world(worlds, name, kRanks));
+      std::vector<std::unique_ptr<DeviceBuffer>> buffers;
+      std::vector<std::shared_ptr<Work>> works;
+      const auto count = [](int round) { return std::vector<size_t>{400, 9001, 2500}[static_cast<size_t>(round) % 3]; };
+      for (int round = 0; round < kRounds; ++round)
+        buffers.push_back(std::make_unique<DeviceBuffer>(Summand(count(round), rank, round).bytes));
+      for (int round = 0; round < kRounds; ++round) {
+        const DeviceBuffer& buffer = *buffers[static_cast<size_t>(round)];
+        works.push_back(devices[rank].submit_device(float_call(program, buffer, count(round)), stream.number()));
+      }
+      for (int round = 0; round < kRounds; ++round) {
+        works[static_cast<size_t>(round)]->wait();
+        CHECK(buffers[static_cast<size_t>(round)]->bytes() == Summand::sum(count(round), kRanks, round));
+      }
+    });
+  }
+}
+
 /// A root may be many broadcasts ahead of the others; a rank's ring holds it back before it writes over what is unread.
 void test_sender_runs_ahead(const std::vector<World>& worlds) {
   constexpr size_t kCount = 6007;
@@ -349,6 +375,7 @@ int main() {
   test_processes(worlds);  // before there are threads
   test_killed(worlds);
   test_many_under_way(worlds);
+  test_sizes_in_turn(worlds);
   test_sender_runs_ahead(worlds);
   test_join(worlds);
   test_graph(worlds);
