@@ -91,7 +91,13 @@ def test_ranks_that_are_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["gpu_collectives.py --quick --sizes 8 --rounds 1 --collectives all_reduce", "gpu_ddp.py"]
+    "script",
+    [
+        pytest.param(
+            "gpu_collectives.py --quick --sizes 8 --rounds 1 --collectives all_reduce", marks=pytest.mark.slow
+        ),
+        "gpu_ddp.py",
+    ],
 )
 def test_ranks_that_are_processes(script: str, tmp_path: Path) -> None:
     name, *options = script.split()

@@ -27,13 +27,13 @@ def check_bits(world_size: int, cases: tuple[Case, ...]) -> None:
         assert not differ, f"rank {rank}: bits differ from the host's: {differ[:5]}, {len(differ)} in all"
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_every_algorithm(world_size: int) -> None:
     """Every algorithm x count (0, 1, around the number of ranks, odd ones), over rotating dtypes, operators, places."""
     check_bits(world_size, tuple(cover(world_size, LARGE, per_count=1)))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_dtype_and_reduction(world_size: int) -> None:
     cases = [
         case
