@@ -120,24 +120,6 @@ cudaError_t launch_convert(const ConvertArguments& args, cudaStream_t stream) {
   return launch(convert_bucket<From, To>, blocks, kBucketThreads, stream, args);
 }
 
-bool is_floating(DType dtype) {
-  return dtype == DType::float64 || dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16;
-}
-
-template <class Run>
-cudaError_t with_floating(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::float64:
-      return run(Float64());
-    case DType::float32:
-      return run(Float32());
-    case DType::float16:
-      return run(Float16());
-    default:
-      return run(BFloat16());
-  }
-}
-
 cudaError_t launch_copy(const ConvertArguments& args, size_t element_bytes, cudaStream_t stream) {
   switch (element_bytes) {
     case 1:
@@ -161,10 +143,7 @@ DeviceBucket::DeviceBucket(const std::vector<BucketItem>& items, DType dtype, cu
     pieces_ += (item.count + kPiece - 1) / kPiece;
   }
   n_rows_ = static_cast<int32_t>(rows.size());
-  const size_t nbytes = rows.size() * sizeof(BucketRow);
-  rows_ = DeviceMemory(nbytes);
-  check(cudaMemcpyAsync(rows_.data(), rows.data(), nbytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  rows_ = device_copy(rows, stream);
 }
 
 void DeviceBucket::convert(Direction direction, std::byte* flat, DType flat_dtype, double scale,

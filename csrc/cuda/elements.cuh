@@ -78,9 +78,13 @@ struct Integer {
   static __device__ __forceinline__ bool less(Sum a, Sum b) { return static_cast<Number>(a) < static_cast<Number>(b); }
 };
 
-/// Calls run(E()) for the elements of that dtype.
+inline bool is_floating(DType dtype) {
+  return dtype == DType::float64 || dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16;
+}
+
+/// Calls run(E()) for the elements of that floating-point dtype.
 template <class Run>
-auto with_element(DType dtype, Run run) {
+auto with_floating(DType dtype, Run run) {
   switch (dtype) {
     case DType::float64:
       return run(Float64());
@@ -88,8 +92,16 @@ auto with_element(DType dtype, Run run) {
       return run(Float32());
     case DType::float16:
       return run(Float16());
-    case DType::bfloat16:
+    default:
       return run(BFloat16());
+  }
+}
+
+/// Calls run(E()) for the elements of that dtype.
+template <class Run>
+auto with_element(DType dtype, Run run) {
+  if (is_floating(dtype)) return with_floating(dtype, run);
+  switch (dtype) {
     case DType::int8:
       return run(Integer<uint8_t, int8_t>());
     case DType::int16:

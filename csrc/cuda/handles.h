@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "core/error.h"
 #include "cuda/namespace.h"
@@ -73,6 +74,16 @@ class DeviceMemory {
  private:
   void* data_ = nullptr;
 };
+
+/// The rows in the current device's memory. Blocks until they are there.
+template <class Row>
+DeviceMemory device_copy(const std::vector<Row>& rows, cudaStream_t stream) {
+  const size_t nbytes = rows.size() * sizeof(Row);
+  DeviceMemory memory(nbytes);
+  check(cudaMemcpyAsync(memory.data(), rows.data(), nbytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  return memory;
+}
 
 /// Host memory that devices see; zero at first.
 template <class T>

@@ -91,7 +91,7 @@ void StreamExecutor::connect(const std::vector<std::string>& blobs) {
   const DeviceScope scope(device_);
   std::vector<std::byte*> arenas;
   for (size_t r = 0; r < blobs.size(); ++r) arenas.push_back(reach(static_cast<int>(r), Card::parse(blobs[r])));
-  arenas_ = to_device(arenas);
+  arenas_ = device_copy(arenas, *uploads_);
   const std::lock_guard lock(mutex_);
   if (connected_ || closing_) throw Error(ErrorKind::error, "this device executor was connected before");
   connected_ = true;
@@ -126,15 +126,6 @@ Fabric StreamExecutor::fabric(const Signature& signature, double timeout_s) cons
 
 // --- launching ---
 
-template <class Row>
-DeviceMemory StreamExecutor::to_device(const std::vector<Row>& rows) {
-  const size_t nbytes = rows.size() * sizeof(Row);
-  DeviceMemory memory(nbytes);
-  check(cudaMemcpyAsync(memory.data(), rows.data(), nbytes, cudaMemcpyHostToDevice, *uploads_), "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(*uploads_), "cudaStreamSynchronize");
-  return memory;
-}
-
 size_t StreamExecutor::window_bytes(const Program& program, const Shape& shape) const {
   return PARACOMM_DEVICE_NAMESPACE::window_bytes(program, shape, layout_, options_.slice_bytes);
 }
@@ -147,9 +138,9 @@ StreamExecutor::Uploaded& StreamExecutor::upload(const std::shared_ptr<const Pla
   const Tables tables = make_tables(*plan, layout_);
   Uploaded uploaded;
   uploaded.plan = plan;
-  uploaded.instructions = to_device(tables.instructions);
-  uploaded.operands = to_device(tables.operands);
-  uploaded.level_begin = to_device(tables.level_begin);
+  uploaded.instructions = device_copy(tables.instructions, *uploads_);
+  uploaded.operands = device_copy(tables.operands, *uploads_);
+  uploaded.level_begin = device_copy(tables.level_begin, *uploads_);
   const size_t copies = static_cast<size_t>(layout_.channels) * static_cast<size_t>(plan->in_flight());
   if (tables.tile_scratch_bytes > 0) uploaded.scratch = DeviceMemory(copies * tables.tile_scratch_bytes);
   InterpreterArguments& args = uploaded.args;

@@ -65,8 +65,6 @@ class StreamExecutor final : public DeviceExecutor, public std::enable_shared_fr
   std::byte* reach(int rank, const Card& card);
   Fabric fabric(const Signature& signature, double timeout_s) const;
   Uploaded& upload(const std::shared_ptr<const Plan>& plan);
-  template <class Row>
-  DeviceMemory to_device(const std::vector<Row>& rows);
   void launch_kernel(const DeviceJob& job, bool capturing);
   void launch_plan(const DeviceJob& job, bool capturing);
   bool is_shot(const DeviceJob& job) const;
