@@ -223,7 +223,7 @@ bool PointToPoint::round() {
       lane.sends.pop_front();
     }
     moved |= advance_recvs(peer);
-    const bool pending = !lane.sends.empty() || lane.incoming || !lane.recvs.empty() || !from_any_.empty();
+    const bool pending = !lane.idle() || !from_any_.empty();
     if (left && pending && (moved || !lane.farewell)) lane.farewell = Deadline::after(kFarewell_s);
     if (!lane.sends.empty()) look_at_clock(peer, lane.sends.front(), true);
     if (lane.incoming) look_at_clock(peer, *lane.incoming, false);
@@ -247,9 +247,7 @@ void PointToPoint::look_at_clock(int peer, const Transfer& t, bool send) {
 }
 
 bool PointToPoint::idle() const noexcept {
-  return from_any_.empty() && std::all_of(lanes_.begin(), lanes_.end(), [](const Lane& l) {
-           return l.sends.empty() && l.recvs.empty() && !l.incoming;
-         });
+  return from_any_.empty() && std::all_of(lanes_.begin(), lanes_.end(), [](const Lane& l) { return l.idle(); });
 }
 
 template <class Visit>
@@ -324,9 +322,7 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
 /// Waits until one of the endpoints with something posted may have news, somebody posts or waits, or for a while.
 void PointToPoint::nap(std::unique_lock<std::mutex>& lock) {
   const auto pending = [this](size_t peer) {
-    const Lane& lane = lanes_[peer];
-    return endpoints_[peer] != nullptr &&
-           (!from_any_.empty() || !lane.sends.empty() || !lane.recvs.empty() || lane.incoming);
+    return endpoints_[peer] != nullptr && (!from_any_.empty() || !lanes_[peer].idle());
   };
   std::vector<Endpoint*> endpoints;
   for (size_t peer = 0; peer < lanes_.size(); ++peer)

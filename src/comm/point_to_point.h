@@ -50,6 +50,8 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
     uint32_t sent = 0, received = 0;
     bool ended = false;                // the peer's stream has
     std::optional<Deadline> farewell;  // the peer has left; by then, what it sent has come
+
+    bool idle() const noexcept { return sends.empty() && recvs.empty() && !incoming; }
   };
 
   bool advance_send(int peer, Transfer& transfer);
