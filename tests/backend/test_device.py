@@ -118,12 +118,13 @@ def test_ddp_over_two_hosts(emulated: None) -> None:
 def one_leaves(rank: Rank, hosts: list[int]) -> None:
     start(rank, hosts, timeout_s=10.0)
     x = torch.ones(1000)
-    dist.all_reduce(x)
     if rank.rank == 3:
+        dist.all_reduce(x)
         group().abort()
         return
-    with pytest.raises((PeerLost, RuntimeError), match=r"rank 3|abort"):
-        for _ in range(3):
+    # Already the one that rank 3 takes part in may raise: the others can still be in it when rank 3 gives up.
+    with pytest.raises(RuntimeError, match=r"rank 3|abort"):
+        for _ in range(4):
             dist.all_reduce(x)
     group().abort()
 
