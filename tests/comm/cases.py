@@ -105,17 +105,25 @@ def cross(world_size: int, counts: tuple[int, ...]) -> Iterator[Case]:
                             yield replace(base, count=count, dtype=dtype, op=op, mode=mode, arena=arena)
 
 
-# --- data ---
+# --- data: drawn and reduced once for all algorithms, modes and memories, not to be written ---
 def values(case: Case, rank: int, count: int) -> np.ndarray:
     """What rank holds, as float64, or as the integer dtype itself; every value is one of the case's dtype."""
-    rng = np.random.default_rng([zlib.crc32(f"{case.collective} {case.count} {case.dtype} {case.op}".encode()), rank])
-    if case.dtype == "bool":
-        return rng.random(count) < 0.5
-    if case.dtype in INTEGERS:
-        limits = np.iinfo(case.dtype)
-        return rng.integers(limits.min, limits.max, count, case.dtype, endpoint=True)
-    low = 0.5 if case.op == "prod" else 0.0
-    return rounded((low + rng.random(count)) * rng.choice((-1.0, 1.0), count), case.dtype)
+    return _drawn(f"{case.collective} {case.count} {case.dtype} {case.op}", case.dtype, case.op, rank, count)
+
+
+@cache
+def _drawn(seed: str, dtype: str, op: str, rank: int, count: int) -> np.ndarray:
+    rng = np.random.default_rng([zlib.crc32(seed.encode()), rank])
+    if dtype == "bool":
+        drawn = rng.random(count) < 0.5
+    elif dtype in INTEGERS:
+        limits = np.iinfo(dtype)
+        drawn = rng.integers(limits.min, limits.max, count, dtype, endpoint=True)
+    else:
+        low = 0.5 if op == "prod" else 0.0
+        drawn = rounded((low + rng.random(count)) * rng.choice((-1.0, 1.0), count), dtype)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -147,7 +155,7 @@ def new_array(comm: Any, case: Case, count: int, filled: np.ndarray | None = Non
     """bfloat16 is torch's; all else is NumPy's. Without values it holds rubbish, so that what nobody wrote shows."""
     if case.dtype == "bfloat16":
         array = comm.empty(count, torch.bfloat16) if case.arena else torch.empty(count, dtype=torch.bfloat16)
-        array.copy_(torch.from_numpy(filled)) if filled is not None else array.fill_(-77)
+        array.copy_(torch.tensor(filled)) if filled is not None else array.fill_(-77)
         return array
     array = comm.empty(count, np.dtype(case.dtype)) if case.arena else np.empty(count, case.dtype)
     array[...] = filled if filled is not None else 77
@@ -155,26 +163,29 @@ def new_array(comm: Any, case: Case, count: int, filled: np.ndarray | None = Non
 
 
 # --- reference ---
-def reduced(case: Case, inputs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | float]:
-    """The reduction, and how far off it may be: one rounding a rank, relative to the size of what is added up."""
-    stack, n = np.stack(inputs), len(inputs)
-    if case.dtype in FLOATS:
-        unit = (n + 1) * ROUNDING[case.dtype]
-        if case.op in ("sum", "avg"):
-            parts = n if case.op == "avg" else 1
-            return stack.sum(0) / parts, unit * np.abs(stack).sum(0) / parts
-        if case.op == "prod":
-            return stack.prod(0), unit * np.abs(stack.prod(0))
-        return (stack.min(0) if case.op == "min" else stack.max(0)), 0.0
+def reduced(case: Case, world_size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of `count` elements, and how far off it may be: one rounding a rank, relative to the size of what is added up."""
+    return _reduced(replace(case, name="", root=None, params=(), mode="", arena=False), world_size, count)
+
+
+@cache
+def _reduced(case: Case, world_size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    stack = np.stack([values(case, rank, count) for rank in range(world_size)])
+    if case.dtype in FLOATS and case.op in ("sum", "avg", "prod"):
+        total, size = (x.prod(0) if case.op == "prod" else x.sum(0) for x in (stack, np.abs(stack)))
+        parts = world_size if case.op == "avg" else 1
+        return total / parts, (world_size + 1) * ROUNDING[case.dtype] * size / parts
     if case.dtype == "bool":
         loop = {"sum": np.logical_or, "max": np.logical_or, "bor": np.logical_or, "bxor": np.logical_xor}
-        return loop.get(case.op, np.logical_and).reduce(stack), 0.0
-    if case.op == "avg":  # the sum wraps around, the division truncates toward zero
+        result = loop.get(case.op, np.logical_and).reduce(stack)
+    elif case.op == "avg":  # the sum wraps around, the division truncates toward zero
         total = stack.sum(0, dtype=case.dtype).astype(object)
-        return np.array([abs(int(t)) // n * (1 if t >= 0 else -1) for t in total], case.dtype), 0.0
-    loops = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum,
-             "band": np.bitwise_and, "bor": np.bitwise_or, "bxor": np.bitwise_xor}  # fmt: skip
-    return loops[case.op].reduce(stack, dtype=case.dtype), 0.0
+        result = np.array([abs(int(t)) // world_size * (1 if t >= 0 else -1) for t in total], case.dtype)
+    else:
+        loops = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum,
+                 "band": np.bitwise_and, "bor": np.bitwise_or, "bxor": np.bitwise_xor}  # fmt: skip
+        result = loops[case.op].reduce(stack, dtype=stack.dtype)
+    return result, np.zeros(count)
 
 
 def run_case(comm: Any, case: Case) -> bytes:
@@ -199,24 +210,24 @@ def run_case(comm: Any, case: Case) -> bytes:
 
 
 def _all_reduce(comm: Any, case: Case, schedule: Any) -> tuple[Any, np.ndarray, Any]:
-    inputs = [values(case, r, case.count) for r in range(comm.world_size)]
-    x = new_array(comm, case, case.count, inputs[comm.rank])
+    mine = values(case, comm.rank, case.count)
+    x = new_array(comm, case, case.count, mine)
     out = None if case.mode == "in_place" else new_array(comm, case, case.count)
     result = comm.all_reduce(x, case.op, out=out, algorithm=schedule)
     assert result is (x if out is None else out)
     if out is not None:
-        assert np.array_equal(as_float64(x), inputs[comm.rank]), f"{case}: the input was overwritten"
-    return (result, *reduced(case, inputs))
+        assert np.array_equal(as_float64(x), mine), f"{case}: the input was overwritten"
+    return (result, *reduced(case, comm.world_size, case.count))
 
 
 def _reduce(comm: Any, case: Case, schedule: Any) -> tuple[Any, np.ndarray, Any]:
-    inputs = [values(case, r, case.count) for r in range(comm.world_size)]
-    x = new_array(comm, case, case.count, inputs[comm.rank])
+    mine = values(case, comm.rank, case.count)
+    x = new_array(comm, case, case.count, mine)
     out = None if case.mode == "in_place" else new_array(comm, case, case.count)
     result = comm.reduce(x, case.root, case.op, out=out, algorithm=schedule)
     if comm.rank != case.root or out is not None:
-        assert np.array_equal(as_float64(x), inputs[comm.rank]), f"{case}: the input was overwritten"
-    return (result if comm.rank == case.root else None, *reduced(case, inputs))
+        assert np.array_equal(as_float64(x), mine), f"{case}: the input was overwritten"
+    return (result if comm.rank == case.root else None, *reduced(case, comm.world_size, case.count))
 
 
 def _broadcast(comm: Any, case: Case, schedule: Any) -> tuple[Any, np.ndarray, Any]:
@@ -250,8 +261,8 @@ def _all_gather(comm: Any, case: Case, schedule: Any) -> tuple[Any, np.ndarray, 
 
 def _reduce_scatter(comm: Any, case: Case, schedule: Any) -> tuple[Any, np.ndarray, Any]:
     rows = _rows(case, comm.world_size)
-    inputs = [values(case, r, sum(rows)) for r in range(comm.world_size)]
-    x = new_array(comm, case, sum(rows), inputs[comm.rank])
+    own = values(case, comm.rank, sum(rows))
+    x = new_array(comm, case, sum(rows), own)
     begin = sum(rows[: comm.rank])
     mine = slice(begin, begin + rows[comm.rank])
     if case.mode == "uneven":
@@ -261,8 +272,9 @@ def _reduce_scatter(comm: Any, case: Case, schedule: Any) -> tuple[Any, np.ndarr
     else:
         result = comm.reduce_scatter(x, case.op, algorithm=schedule)
     if case.mode != "in_place":
-        assert np.array_equal(as_float64(x), inputs[comm.rank]), f"{case}: the input was overwritten"
-    return (result, *reduced(case, [each[mine] for each in inputs]))
+        assert np.array_equal(as_float64(x), own), f"{case}: the input was overwritten"
+    expected, slack = reduced(case, comm.world_size, sum(rows))
+    return result, expected[mine], slack[mine]
 
 
 def _all_to_all(comm: Any, case: Case, schedule: Any) -> tuple[Any, np.ndarray, Any]:
