@@ -24,6 +24,7 @@ enum class Plant : int {
   cursor_not_kept,          ///< the next launch begins where this one did
   ring_skips_end,           ///< a message that does not fit until the end of the ring is written there all the same
   signature_not_compared,   ///< a mismatching call goes unnoticed
+  size_not_compared,        ///< a message of another size goes unnoticed
   scratch_shared_by_tiles,  ///< tiles under way at once share their scratch
   // one-shot and two-shot
   stage_without_wait,       ///< peers' inputs are read before they are there
@@ -43,6 +44,7 @@ enum class Plant : int {
   report_relaxed,     ///< the report is said to be ready without release
   abort_not_seen,     ///< a wait does not look at the abort word
   deadline_not_seen,  ///< a wait has no end
+  gone_not_seen,      ///< a wait does not ask whether the peer has left
 };
 
 #if defined(PARACOMM_PLANTS)

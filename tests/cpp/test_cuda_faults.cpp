@@ -108,14 +108,20 @@ struct Pair {
     const World& world = find_world(worlds, schedule, 2);
     for (int r = 0; r < 2; ++r) program[r] = devices[r].add_program(world.programs[static_cast<size_t>(r)]);
   }
-  std::shared_ptr<Work> submit(int rank, size_t count, double timeout_s) {
+  Call call(int rank, size_t count, double timeout_s) const {
     Call call;
     call.program = program[rank];
     call.dtype = DType::float32;
     call.count = count;
     call.input = call.output = (rank == 0 ? a : b).data();
     call.timeout_s = timeout_s;
+    return call;
+  }
+  std::shared_ptr<Work> submit(int rank, const Call& call) {
     return devices[rank].submit_device(call, (rank == 0 ? zero : one).number());
+  }
+  std::shared_ptr<Work> submit(int rank, size_t count, double timeout_s) {
+    return submit(rank, call(rank, count, timeout_s));
   }
 };
 
@@ -131,6 +137,29 @@ void mismatching_calls(const std::vector<World>& worlds) {
   const auto a = pair.submit(0, 1000, 10), b = pair.submit(1, 1001, 10);
   must_fail(a, ErrorKind::mismatch);
   must_fail(b, ErrorKind::mismatch);
+}
+
+/// Rank 1 sends more than rank 0 is told to expect.
+void block_of_another_size(const std::vector<World>& worlds) {
+  Pair pair(worlds, "all_to_all.direct");
+  std::shared_ptr<Work> works[2];
+  for (int rank = 0; rank < 2; ++rank) {
+    Call call = pair.call(rank, 0, 10);
+    call.output = static_cast<std::byte*>(call.output) + 4000;
+    call.blocks = {rank == 1 ? size_t{300} : size_t{200}, 200};
+    call.output_blocks = {200, 200};
+    call.largest_block = 300;
+    works[rank] = pair.submit(rank, call);
+  }
+  must_fail(works[0], ErrorKind::mismatch);
+}
+
+void peer_that_leaves(const std::vector<World>& worlds) {
+  Pair pair(worlds);
+  const auto work = pair.submit(0, 1000, 2);
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  pair.devices[1].close();
+  must_fail(work, ErrorKind::peer_lost);
 }
 
 void abort_of_a_peer(const std::vector<World>& worlds) {
@@ -170,6 +199,7 @@ std::vector<Fault> all_faults() {
       {Plant::cursor_not_kept, "cursor_not_kept", false, ring()},
       {Plant::ring_skips_end, "ring_skips_end", false, all_pairs()},
       {Plant::signature_not_compared, "signature_not_compared", false, mismatching_calls},
+      {Plant::size_not_compared, "size_not_compared", false, block_of_another_size},
       {Plant::scratch_shared_by_tiles, "scratch_shared_by_tiles", false, scratch()},
       {Plant::stage_without_wait, "stage_without_wait", false, one_shot},
       {Plant::stage_relaxed, "stage_relaxed", true, one_shot},
@@ -186,6 +216,7 @@ std::vector<Fault> all_faults() {
       {Plant::report_relaxed, "report_relaxed", true, peer_that_does_not_come},
       {Plant::abort_not_seen, "abort_not_seen", false, abort_of_a_peer},
       {Plant::deadline_not_seen, "deadline_not_seen", false, peer_that_does_not_come},
+      {Plant::gone_not_seen, "gone_not_seen", false, peer_that_leaves},
   };
 }
 
