@@ -90,11 +90,11 @@ test-python: $(VENV)/.dev $(VENV)/.built
 INTERPRETED := tests/kernels/interpreted
 
 test-kernels: $(VENV)/.dev $(VENV)/.built
-	TRITON_INTERPRET=1 $(PY) -m pytest -q $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(JOBS) $(INTERPRETED)
 
 slow: $(VENV)/.dev $(VENV)/.built
 	$(PY) -m pytest -q -m slow --durations=12 $(TEST_ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m slow --durations=5 $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(JOBS) -m slow --durations=5 $(INTERPRETED)
 
 bench: $(VENV)/.built
 	$(PY) -m paracomm bench all_reduce --ranks $(RANKS) --sizes 8:64M --memory private,arena \
