@@ -28,10 +28,10 @@ python_files := paracomm tests bench examples setup.py
 
 EXAMPLES := example-language example-translation example-answering example-summaries
 
-.PHONY: help build train test test-cpp test-python test-kernels slow bench wheel sanitize races-cuda coverage-cuda lint format clean
+.PHONY: help build train test test-cpp test-python test-kernels slow exhaustive bench wheel sanitize races-cuda coverage-cuda lint format clean
 .PHONY: examples $(EXAMPLES)
 help:
-	@echo 'make train | examples | test | bench | wheel | sanitize | races-cuda | coverage-cuda | lint | format | build | slow | clean   (RANKS, TRAIN_ARGS, ...)'
+	@echo 'make train | examples | test | bench | wheel | sanitize | races-cuda | coverage-cuda | lint | format | build | slow | exhaustive | clean   (RANKS, TRAIN_ARGS, ...)'
 
 # --- environment: a stamp a step, so that a second run starts at once ---
 $(VENV)/.created:
@@ -95,6 +95,9 @@ test-kernels: $(VENV)/.dev $(VENV)/.built
 slow: $(VENV)/.dev $(VENV)/.built
 	$(PY) -m pytest -q -m slow --durations=12 $(TEST_ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(JOBS) -m slow --durations=5 $(INTERPRETED)
+
+exhaustive: $(VENV)/.dev $(VENV)/.built
+	$(PY) -m pytest -q -m exhaustive --durations=12 $(TEST_ARGS)
 
 bench: $(VENV)/.built
 	$(PY) -m paracomm bench all_reduce --ranks $(RANKS) --sizes 8:64M --memory private,arena \

@@ -50,41 +50,46 @@ def has_kernels(source: Path) -> bool:
     return "__global__" in source.read_text()
 
 
-WITH_KERNELS = [source for source in SOURCES if has_kernels(source)]
-OTHERS = [source for source in SOURCES if not has_kernels(source)]
+Job = tuple[Path, str]
+QUICK = [(source, "sm_90") for source in SOURCES if has_kernels(source)]
+SLOW = [(source, arch) for arch in ARCHITECTURES for source in SOURCES if (source, arch) not in QUICK
+        and (has_kernels(source) or arch == "sm_90")]  # fmt: skip
+Done = dict[Job, subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, subprocess.CompletedProcess[str]]:
-    """All kernels for one architecture, at once: they take their time."""
-    folder = tmp_path_factory.mktemp("compiled")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return compile_all(QUICK, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return compile_all(SLOW, tmp_path_factory.mktemp("slow"))
+
+
+def compile_all(jobs: list[Job], folder: Path) -> Done:
+    """On all cores: they take their time."""
+    for _, architecture in jobs:
+        (folder / architecture).mkdir(exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(WITH_KERNELS, pool.map(lambda s: compile_for(s, "sm_90", folder), WITH_KERNELS), strict=True))
+        return dict(zip(jobs, pool.map(lambda job: compile_for(*job, folder / job[1]), jobs), strict=True))
 
 
-def by_stem(source: Path) -> str:
-    return source.stem
-
-
-@needs_nvcc
-@pytest.mark.parametrize("source", WITH_KERNELS, ids=by_stem)
-def test_no_kernel_spills(source: Path, compiled: dict[Path, subprocess.CompletedProcess[str]]) -> None:
-    assert check_kernels(compiled[source]) > 0
+def name_of(job: Job) -> str:
+    return f"{job[0].stem}-{job[1]}"
 
 
 @needs_nvcc
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "sm_90"])
-@pytest.mark.parametrize("source", WITH_KERNELS, ids=by_stem)
-def test_no_kernel_spills_elsewhere(source: Path, architecture: str, tmp_path: Path) -> None:
-    assert check_kernels(compile_for(source, architecture, tmp_path)) > 0
+@pytest.mark.parametrize("job", QUICK, ids=name_of)
+def test_no_kernel_spills(job: Job, quick: Done) -> None:
+    assert check_kernels(quick[job]) > 0
 
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("source", OTHERS, ids=by_stem)
-def test_host_sides_compile(source: Path, tmp_path: Path) -> None:
-    assert check_kernels(compile_for(source, "sm_90", tmp_path)) == 0
+@pytest.mark.parametrize("job", SLOW, ids=name_of)
+def test_no_kernel_spills_elsewhere_and_host_sides_compile(job: Job, slow: Done) -> None:
+    assert (check_kernels(slow[job]) > 0) == has_kernels(job[0])
 
 
 @needs_nvcc

@@ -1,8 +1,10 @@
-"""PyTorch's own distributed tests: a few of them here, all by `make slow` and by `python bench/torch_suite.py`."""
+"""PyTorch's own distributed tests: a few of them here, those of groups by `make slow`, all by
+`make exhaustive` and by `python bench/torch_suite.py`."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,12 @@ def test_some() -> None:
 
 
 @pytest.mark.slow
+def test_groups() -> None:
+    """Every collective, of all ranks and of some."""
+    assert re.search(r" of [1-9]\d that pass on gloo pass", run("--worlds", "2", "--match", "group", timeout_s=400))
+
+
+@pytest.mark.exhaustive
 def test_all() -> None:
     """At world 4, where more of its tests run than at 2; `bench/torch_suite.py` runs both."""
     assert "PASS " in run("--worlds", "4", timeout_s=800)

@@ -50,8 +50,11 @@ def test_megabytes(transport: str) -> None:
     check(transport, 4, tuple(case for case in cover(4, 700_001, per_count=1) if case.count > 100_000), 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [n for n in WORLDS if n != 7])  # 7 adds 110 s, and no kind of world
+@pytest.mark.parametrize(
+    "world_size",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4, 5)),
+     pytest.param(8, marks=pytest.mark.exhaustive)],
+)  # fmt: skip
 @pytest.mark.parametrize("transport", ["shm", "mixed"])  # held to the bits of "local"; "mixed" has TCP too
 def test_everything(transport: str, world_size: int) -> None:
     """All of it, crossed."""

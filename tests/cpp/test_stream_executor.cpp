@@ -10,12 +10,7 @@ using namespace paracomm_test;
 
 namespace {
 
-// ThreadSanitizer takes twenty times as long; which bits come out does not depend on it.
-#if defined(__SANITIZE_THREAD__)
-constexpr size_t kOneIn = 5;
-#else
-constexpr size_t kOneIn = 1;
-#endif
+constexpr size_t kOneIn = kSanitized ? 11 : 1;
 
 /// Lengths that no chunk, tile, vector or block divides; several tiles a channel in the last.
 std::vector<std::vector<size_t>> cases_of(const World& world, DType dtype) {

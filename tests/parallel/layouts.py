@@ -90,6 +90,13 @@ class Case:
         return self.pp * self.dp * self.cp * self.tp
 
     @property
+    def tier(self) -> str:
+        """When it is tested: "quick", "slow" or "exhaustive" (many ranks, but for those that combine most)."""
+        if self.quick:
+            return "quick"
+        return "exhaustive" if self.world > 4 and len(self.features) < 5 else "slow"
+
+    @property
     def name(self) -> str:
         sizes = [f"{axis}{size}" for axis in ("pp", "dp", "cp", "tp") if (size := getattr(self, axis)) > 1]
         parts = [

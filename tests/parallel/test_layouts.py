@@ -34,8 +34,9 @@ LIMIT_S = 600
 
 
 def split(cases: list[Case]) -> list[Any]:
-    """As parameters, the quick ones for every day."""
-    return [pytest.param(each, id=each.name, marks=[] if each.quick else pytest.mark.slow) for each in cases]
+    """As parameters, marked with their tier."""
+    marks = {"quick": (), "slow": pytest.mark.slow, "exhaustive": pytest.mark.exhaustive}
+    return [pytest.param(each, id=each.name, marks=marks[each.tier]) for each in cases]
 
 
 # --- 50 steps against one process ---
@@ -52,9 +53,9 @@ def train(rank: Rank, cases: list[Case]) -> list[dict[torch.dtype, dict[str, Any
 
 
 @cache
-def trained(world_size: int, quick: bool, pp: int) -> dict[Case, list[dict[torch.dtype, dict[str, Any]]]]:
+def trained(world_size: int, tier: str, pp: int) -> dict[Case, list[dict[torch.dtype, dict[str, Any]]]]:
     """What every rank found of all layouts of a size, which share its processes."""
-    cases = [each for each in CASES if (each.world, each.quick, each.pp) == (world_size, quick, pp)]
+    cases = [each for each in CASES if (each.world, each.tier, each.pp) == (world_size, tier, pp)]
     for case in cases:
         for dtype in BOUNDS:
             one_process(case.variant, dtype)  # before the ranks are forked
@@ -64,7 +65,7 @@ def trained(world_size: int, quick: bool, pp: int) -> dict[Case, list[dict[torch
 
 @pytest.mark.parametrize("case", split(CASES))
 def test_a_layout_equals_one_process(case: Case) -> None:
-    for found in trained(case.world, case.quick, case.pp)[case]:
+    for found in trained(case.world, case.tier, case.pp)[case]:
         for dtype, bound in BOUNDS.items():
             errors = {name: found[dtype][name] for name in ("losses", "norms", "weights")}
             assert max(errors.values()) <= bound, f"{dtype}: {errors}, at {found[dtype]['where']}"
@@ -166,14 +167,14 @@ def probe_all(rank: Rank, cases: list[Case]) -> list[Probe]:
 
 
 @cache
-def probed(world_size: int, quick: bool, pp: int) -> dict[Case, Probe]:
-    cases = [case for case in PROBES if (case.world, case.quick, case.pp) == (world_size, quick, pp)]
+def probed(world_size: int, tier: str, pp: int) -> dict[Case, Probe]:
+    cases = [case for case in PROBES if (case.world, case.tier, case.pp) == (world_size, tier, pp)]
     return dict(zip(cases, run_ranks(world_size, probe_all, cases, timeout_s=LIMIT_S)[0], strict=True))
 
 
 @pytest.mark.parametrize("case", split(PROBES))
 def test_rounded_gradients_err_by_no_more_than_they_may(case: Case) -> None:
-    found = probed(case.world, case.quick, case.pp)[case]
+    found = probed(case.world, case.tier, case.pp)[case]
     assert found.elements <= 1 and found.whole <= 1, found
     assert found.alike, "ranks that hold the same weights do not agree on them"
 
