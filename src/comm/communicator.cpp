@@ -340,8 +340,8 @@ void Communicator::abort(const std::string& why) {
   fail(Error(ErrorKind::error, why), true);
 }
 
-void Communicator::check_process() const {
-  if (generation_ != fork_generation())
+void check_process(int generation) {
+  if (generation != fork_generation())
     throw Error(ErrorKind::error, "this communicator belongs to the parent process; a forked child cannot use it");
 }
 

@@ -13,6 +13,7 @@
 
 #include "comm/plan_cache.h"
 #include "core/error.h"
+#include "core/fd.h"
 #include "core/work.h"
 #include "executor/device_executor.h"
 #include "executor/host_executor.h"
@@ -48,6 +49,10 @@ struct Call {
 };
 
 inline constexpr int kAnyPeer = -2;
+
+/// Throws in a forked child of the process that had this fork_generation(), before it can wait for a lock that no
+/// thread of it will ever give back.
+void check_process(int generation);
 
 class PointToPoint;
 
@@ -141,8 +146,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Throws where a rank that has left, whose device memory may be gone, is to send or receive. What it sent before was
   /// received before it left.
   void check_peers_are_here(const Program& program, const Plan& plan) const;
-  /// Throws in a forked child, before it can wait for a lock that no thread of it will ever give back.
-  void check_process() const;
+  void check_process() const { paracomm::check_process(generation_); }
   /// "all_reduce[ring] #7 rank 3 (hostB)".
   std::string where(const Program& program, uint32_t sequence) const;
   void run_job(Job& job);

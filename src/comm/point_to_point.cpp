@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/finally.h"
 #include "core/nap.h"
 
 namespace paracomm {
@@ -15,14 +16,6 @@ constexpr int kLooksBeside = 64;
 constexpr auto kNap = std::chrono::milliseconds(20);  // what it waits for wakes it; clocks are looked at now and then
 constexpr auto kShortNap = std::chrono::microseconds(500);  // while another transport may have something, too
 constexpr double kFarewell_s = 0.5;  // over TCP, the last messages of a rank may come after the news that it left
-
-template <class Do>
-struct Finally {
-  Do run;
-  ~Finally() { run(); }
-};
-template <class Do>
-Finally(Do) -> Finally<Do>;
 
 }  // namespace
 
@@ -345,7 +338,7 @@ void PointToPoint::nap(std::unique_lock<std::mutex>& lock) {
 }
 
 void PointToPoint::finish(Work& work, double timeout_s) {
-  comm_.check_process();
+  check_process(generation_);  // the communicator may be gone, if this work is done by now
   const Deadline deadline = Deadline::after(timeout_s);
   std::unique_lock lock(mutex_);
   each_transfer([&](int, Transfer& t, bool) {

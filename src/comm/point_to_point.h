@@ -82,6 +82,7 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   bool idle() const noexcept;
 
   Communicator& comm_;
+  const int generation_ = fork_generation();
   std::vector<Endpoint*> endpoints_;
   Patience patience_;
   std::mutex mutex_;                 // held while data moves; endpoints have one user at a time

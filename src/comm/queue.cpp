@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "core/finally.h"
 #include "core/nap.h"
 
 namespace paracomm {
@@ -83,7 +84,7 @@ void CollectiveQueue::run_front(std::unique_lock<std::mutex>& lock) {
 }
 
 void CollectiveQueue::finish(Work& work, double timeout_s) {
-  comm_.check_process();
+  check_process(generation_);  // the communicator may be gone, if this work is done by now
   const Deadline deadline = Deadline::after(timeout_s);
   std::unique_lock lock(mutex_);
   struct Waiter {
@@ -103,12 +104,20 @@ void CollectiveQueue::finish(Work& work, double timeout_s) {
     }
     changed_.wait_for(lock, std::min<std::chrono::microseconds>(deadline.remaining(), kNap));
     if (work.done()) break;
+    const bool expired = deadline.expired();
+    failing_ += expired;
     lock.unlock();
-    if (deadline.expired())
+    if (expired) {
+      const Finally told{[this] {
+        const std::lock_guard again(mutex_);
+        --failing_;
+        changed_.notify_all();
+      }};
       comm_.fail(Error(ErrorKind::timeout, "rank " + std::to_string(comm_.rank()) +
                                                ": an asynchronous operation was not complete " +
                                                std::to_string(timeout_s) + " s after wait() was called"),
                  true);
+    }
     relock_after_nap(lock);
   }
 }
@@ -133,7 +142,7 @@ void CollectiveQueue::stop() noexcept {
         std::make_exception_ptr(Error(ErrorKind::error, "the communicator was closed before this operation ran")));
   items_.clear();
   changed_.notify_all();
-  changed_.wait(lock, [&] { return !running_; });
+  changed_.wait(lock, [&] { return !running_ && failing_ == 0; });
   lock.unlock();
   if (thread_.joinable()) thread_.join();
 }

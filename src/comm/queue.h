@@ -35,11 +35,13 @@ class CollectiveQueue final : public Runner, public std::enable_shared_from_this
   void serve();
 
   Communicator& comm_;
+  const int generation_ = fork_generation();
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Item> items_;
   bool running_ = false, stopping_ = false;
   int waiters_ = 0;
+  int failing_ = 0;  ///< waits that have timed out and still tell the communicator
   std::thread thread_;
 };
 

@@ -179,6 +179,9 @@ PARACOMM_EMULATOR_UNSEEN void Fiber::forsake([[maybe_unused]] Fiber& caller, [[m
 #endif
 }
 
-bool Fiber::stack_is_sound() const noexcept { return std::memcmp(stack_, &kCanary, sizeof kCanary) == 0; }
+// Read as it stands, not by memcmp, which ThreadSanitizer watches: what overflows it is a fiber of this very thread.
+PARACOMM_EMULATOR_UNSEEN bool Fiber::stack_is_sound() const noexcept {
+  return *reinterpret_cast<const volatile uint64_t*>(stack_) == kCanary;
+}
 
 }  // namespace paracomm::emulator
