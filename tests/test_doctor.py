@@ -31,7 +31,12 @@ def test_json_has_every_section() -> None:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [("", "go over device memory"), ("emulated", "emulated GPUs"), ("host", "through host memory"), ("gpu", "unknown")],
+    [
+        ("", "go over device memory"),
+        ("emulated", "emulated GPUs"),
+        ("host", "through host memory"),
+        ("gpu", "refuses this: PARACOMM_DEVICE is 'gpu'"),
+    ],
 )
 def test_it_says_what_device_arrays_go_over(monkeypatch: pytest.MonkeyPatch, value: str, said: str) -> None:
     monkeypatch.setenv("PARACOMM_DEVICE", value)

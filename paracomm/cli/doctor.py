@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from paracomm.cli.network import route_to
+from paracomm.errors import InvalidArgument
 from paracomm.version import __version__
 
 Section = dict[str, Any]
@@ -62,10 +63,15 @@ def build_section() -> Section:
     section: Section = {"paracomm": __version__, "python": platform.python_version(), "platform": platform.platform()}
     try:
         from paracomm.build_info import build_info
+        from paracomm.comm import device
     except ImportError as error:
         # Schedules, verify and simulate go on without the extension; a person who asks is told why the rest does not.
         return section | {"extension": None, "why": f"{type(error).__name__}: {error}"}
-    return section | build_info()
+    try:
+        arrays = device.MODES[device.mode() or ""]
+    except InvalidArgument as error:
+        arrays = f"every communicator refuses this: {error}"
+    return section | build_info() | {"devices": arrays}
 
 
 def network_section() -> Section:

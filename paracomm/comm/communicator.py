@@ -284,7 +284,7 @@ class Communicator:
         """Whether an array on a GPU has to be copied to the host first."""
         if self._mode == "emulated":
             raise InvalidArgument(
-                f"the array is on {device.name_of(found.device)}, and {device.VARIABLE} is 'emulated': the emulated "
+                f"the array is on {device.name_of(found.device)}, and PARACOMM_DEVICE is 'emulated': the emulated "
                 "GPUs' memory is the CPU's"
             )
         return self.use_device(found.device) is None

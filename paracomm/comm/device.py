@@ -24,18 +24,23 @@ from paracomm.comm.arrays import HOST, View, is_cupy, view
 from paracomm.comm.work import Work
 from paracomm.errors import Error, InvalidArgument
 
-VARIABLE = "PARACOMM_DEVICE"
-MODES = {"": None, "emulated": "emulated", "host": "host"}
 _GOOD, _BAD = b"+", b"-"
+
+MODES = {
+    "": "arrays on GPUs go over device memory between the ranks of a host, and through host memory between hosts",
+    "emulated": "PARACOMM_DEVICE=emulated: arrays on the CPU are memory of emulated GPUs",
+    "host": "PARACOMM_DEVICE=host: arrays on GPUs go through host memory",
+}
+"""What each value of PARACOMM_DEVICE makes of arrays."""
 
 
 def mode() -> str | None:
     """None, "emulated" or "host", as PARACOMM_DEVICE says. Raises InvalidArgument for any other value."""
-    value = os.environ.get(VARIABLE, "")
+    value = os.environ.get("PARACOMM_DEVICE", "")
     if value not in MODES:
         expected = " or ".join(repr(known) for known in MODES if known)
-        raise InvalidArgument(f"{VARIABLE} is {value!r}, expected {expected}, or nothing")
-    return MODES[value]
+        raise InvalidArgument(f"PARACOMM_DEVICE is {value!r}, expected {expected}, or nothing")
+    return value or None
 
 
 @dataclass(frozen=True)
