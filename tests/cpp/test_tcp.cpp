@@ -238,7 +238,7 @@ void test_full_queue() {
 
 /// Refused because the queue is full, which `progress` then empties: there is nothing to wait for.
 void test_room_made_between_refusal_and_wait() {
-  auto world = make_world(2, 1, "127.0.0.1", 4096);
+  auto world = make_world(2, 1, "127.0.0.1", 1 << 18);
   std::vector<std::byte> data(1 << 20);
   const Signature signature = signature_of(1, 1);
   uint64_t index = 0, pushed = 0, received = 0;
