@@ -87,11 +87,8 @@ void CollectiveQueue::finish(Work& work, double timeout_s) {
   check_process(generation_);  // the communicator may be gone, if this work is done by now
   const Deadline deadline = Deadline::after(timeout_s);
   std::unique_lock lock(mutex_);
-  struct Waiter {
-    int& count;
-    explicit Waiter(int& c) : count(++c) {}
-    ~Waiter() { --count; }
-  } const waiter(waiters_);
+  ++waiters_;
+  const Finally leave{[this] { --waiters_; }};
   while (!work.done()) {
     if (!running_ && !items_.empty()) {
       Job& job = items_.front().job;
