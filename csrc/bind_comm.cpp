@@ -8,6 +8,7 @@
 #include "array.h"
 #include "comm/communicator.h"
 #include "core/nap.h"
+#include "core/strided.h"
 #include "register.h"
 
 namespace py = pybind11;
@@ -78,6 +79,57 @@ struct WithoutGil {
   py::gil_scoped_release release;
 };
 
+/// What is copied out of a packed array when an operation is complete: the strided arrays' parts.
+class Unpack {
+ public:
+  using Part = std::tuple<size_t, py::object, size_t, size_t>;
+
+  Unpack(uintptr_t packed, const std::vector<Part>& parts) {
+    for (const auto& [offset, array, begin, count] : parts) {
+      const ArrayView view = view_of(array.ptr());
+      if (!view.writable || view.device != ArrayView::kHost || begin > view.count || count > view.count - begin)
+        throw Error(ErrorKind::invalid_argument, "elements " + std::to_string(begin) + " to " +
+                                                     std::to_string(begin + count) + " of an array of " +
+                                                     std::to_string(view.count) + " cannot be written");
+      Strided to{static_cast<std::byte*>(view.data), size_of(view.dtype), view.shape, view.strides};
+      if (view.contiguous) {
+        to.shape = {static_cast<int64_t>(view.count)};
+        to.strides = {static_cast<int64_t>(to.item)};
+      }
+      copies_.push_back({reinterpret_cast<const std::byte*>(packed) + offset, std::move(to), begin, count});
+    }
+  }
+  void operator()() const {
+    for (const Copy& copy : copies_) unpack(copy.from, copy.to, copy.begin, copy.count);
+  }
+
+ private:
+  struct Copy {
+    const std::byte* from;
+    Strided to;
+    size_t begin, count;
+  };
+  std::vector<Copy> copies_;
+};
+
+/// None, an Unpack (which needs no lock of Python's), or whatever can be called.
+Work::Finish make_finish(const py::object& finish) {
+  if (finish.is_none()) return {};
+  if (py::isinstance<Unpack>(finish)) return finish.cast<Unpack>();
+  const std::shared_ptr<PyObject> call(finish.inc_ref().ptr(), [](PyObject* p) {
+    const py::gil_scoped_acquire gil;
+    Py_DECREF(p);
+  });
+  return [call] {
+    const py::gil_scoped_acquire gil;
+    try {
+      py::handle(call.get())();
+    } catch (const py::error_already_set& error) {
+      throw Error(ErrorKind::error, std::string("the result could not be put into its array: ") + error.what());
+    }
+  };
+}
+
 /// What the C function below works on; lives as long as the function object.
 struct FastState {
   std::shared_ptr<Communicator> comm;
@@ -96,6 +148,19 @@ int op_code(PyObject* name) {
   return -1;
 }
 
+bool is_plain(const ArrayView& view) { return view.contiguous && !view.lazy && view.device == ArrayView::kHost; }
+
+/// Not so what may be resized by others while nobody exports its buffer: a bytearray.
+bool holds_its_memory(PyObject* array) {
+  const PyBufferProcs* const buffer = Py_TYPE(array)->tp_as_buffer;
+  return buffer == nullptr || buffer->bf_getbuffer == nullptr || buffer->bf_releasebuffer == nullptr;
+}
+
+bool overlap(const ArrayView& a, const ArrayView& b) {
+  const auto *begin = static_cast<const std::byte*>(a.data), *other = static_cast<const std::byte*>(b.data);
+  return begin < other + b.count * size_of(b.dtype) && other < begin + a.count * size_of(a.dtype);
+}
+
 /// all_reduce(x, op, out or None) -> True, or None where the Python layer must take over: memory that is not
 /// contiguous, other dtypes or counts, no schedule chosen yet, memory of a GPU. The wrapper around a call of 0.3 us
 /// must be short.
@@ -104,14 +169,22 @@ PyObject* fast_all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t n_ar
     auto* state = static_cast<FastState*>(PyCapsule_GetPointer(self, nullptr));
     if (state == nullptr || n_args != 3) throw Error(ErrorKind::invalid_argument, "expected (x, op, out)");
     const int op = op_code(args[1]);
-    const ArrayView in = view_of(args[0]);
-    const ArrayView out = args[2] == Py_None ? in : view_of(args[2]);
+    const bool in_place = args[2] == Py_None;
+    ArrayView in, other;
+    try {
+      in = view_of(args[0]);
+      if (!in_place) other = view_of(args[2]);
+    } catch (const Error&) {
+      Py_RETURN_NONE;  // the Python layer knows more kinds of arrays, and says what is wrong with the others
+    }
+    const ArrayView& out = in_place ? in : other;
     Call call;
     call.dtype = in.dtype;
     call.count = in.count;
     call.program = state->comm->choose(Collective::all_reduce, -1, in.count * size_of(in.dtype));
-    if (op < 0 || !in.contiguous || !out.contiguous || !out.writable || out.dtype != in.dtype ||
-        out.count != in.count || call.program < 0 || in.device != ArrayView::kHost || out.device != ArrayView::kHost)
+    if (op < 0 || !is_plain(in) || !is_plain(out) || !out.writable || out.dtype != in.dtype || out.count != in.count ||
+        call.program < 0 || !holds_its_memory(args[0]) || (!in_place && !holds_its_memory(args[2])) ||
+        (in.data != out.data && overlap(in, out)))
       Py_RETURN_NONE;
     call.input = in.data;
     call.output = out.data;
@@ -195,12 +268,21 @@ void register_comm(py::module_& m) {
         const ArrayView v = view_of(object.ptr());
         const auto address = reinterpret_cast<uintptr_t>(v.data);
         const int dtype = static_cast<int>(v.dtype);
-        if (v.device == ArrayView::kHost) return py::make_tuple(address, v.count, dtype, v.contiguous, v.writable);
+        if (v.contiguous && !v.lazy && v.device == ArrayView::kHost)
+          return py::make_tuple(address, v.count, dtype, v.contiguous, v.writable);
         const py::object stream = v.stream == ArrayView::kAnyStream ? py::object(py::none()) : py::int_(v.stream);
-        return py::make_tuple(address, v.count, dtype, v.contiguous, v.writable, v.device, stream);
+        return py::make_tuple(address, v.count, dtype, v.contiguous && !v.lazy, v.writable, v.device, stream, v.lazy,
+                              is_distinct(v));
       },
       py::arg("array"),
-      "(address, count, dtype, contiguous, writable) of an array; on a GPU also its number and a stream's, or None.");
+      "(address, count, dtype, contiguous, writable) of an array; where it is strided, lazily negated or on a GPU also "
+      "(device, stream or None, lazy, distinct): whether torch shows the negative of its memory, and whether no two "
+      "elements share memory.");
+
+  py::class_<Unpack>(m, "Unpack")
+      .def(py::init<uintptr_t, const std::vector<Unpack::Part>&>(), py::arg("packed"), py::arg("parts"),
+           "Parts: (offset in bytes, array, first element, number of elements). Calling it copies them.")
+      .def("__call__", &Unpack::operator(), py::call_guard<py::gil_scoped_release>());
 
   py::class_<Program>(m, "Program")
       .def(py::init(&make_program), py::kw_only(), py::arg("name"), py::arg("collective"), py::arg("rank"),
@@ -263,6 +345,7 @@ void register_comm(py::module_& m) {
             py::arg("op"), py::arg("timeout_s") = -1.0, py::arg("blocks") = std::vector<size_t>{},
             py::arg("output_blocks") = std::vector<size_t>{}, py::arg("largest_block") = 0, extra...);
   };
+  const auto finish_arg = py::arg("finish") = py::none();
   py::class_<Communicator, std::shared_ptr<Communicator>> cls(m, "Communicator");
   cls.def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("world_size", &Communicator::world_size)
@@ -287,17 +370,23 @@ void register_comm(py::module_& m) {
       .def(
           "send",
           [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s, int tag) {
+            // No lock of the core's is waited for with Python's held: who holds it may need Python's, see make_finish.
+            const py::gil_scoped_release released;
             return c.send(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s, tag);
           },
           py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0,
           py::arg("tag") = 0)
       .def(
           "recv",
-          [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s, int tag) {
-            return c.recv(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s, tag);
+          [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s, int tag,
+             const py::object& finish) {
+            Work::Finish after = make_finish(finish);
+            const py::gil_scoped_release released;
+            return c.recv(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s, tag,
+                          std::move(after));
           },
           py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0,
-          py::arg("tag") = 0)
+          py::arg("tag") = 0, py::arg("finish") = py::none())
       .def("abort", &Communicator::abort, py::arg("why"), nogil)
       .def("close", &Communicator::close, nogil)
       .def("check", &Communicator::check)
@@ -316,24 +405,32 @@ void register_comm(py::module_& m) {
                         largest));
       },
       nogil);
-  call_args(cls, "submit",
-            [](Communicator& c, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op,
-               double timeout_s, std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest) {
-              return c.submit(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
-                                        std::move(output_blocks), largest));
-            });
+  call_args(
+      cls, "submit",
+      [](Communicator& c, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op, double timeout_s,
+         std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest, const py::object& finish) {
+        Work::Finish after = make_finish(finish);
+        const py::gil_scoped_release released;
+        return c.submit(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
+                                  std::move(output_blocks), largest),
+                        std::move(after));
+      },
+      finish_arg);
   cls.def("attach_device", &Communicator::attach_device, py::arg("device"));
   cls.def(
       "submit_device",
       [](Communicator& c, uintptr_t stream, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op,
-         double timeout_s, std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest) {
+         double timeout_s, std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest,
+         const py::object& finish) {
+        Work::Finish after = make_finish(finish);
+        const py::gil_scoped_release released;
         return c.submit_device(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
                                          std::move(output_blocks), largest),
-                               stream);
+                               stream, std::move(after));
       },
       py::arg("stream"), py::arg("program"), py::arg("input"), py::arg("output"), py::arg("count"), py::arg("dtype"),
       py::arg("op"), py::arg("timeout_s"), py::arg("blocks"), py::arg("output_blocks"), py::arg("largest_block"),
-      py::call_guard<py::gil_scoped_release>());
+      finish_arg);
   call_args(cls, "dump_plan",
             [](Communicator& c, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op,
                double timeout_s, std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest) {

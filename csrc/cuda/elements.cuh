@@ -73,6 +73,7 @@ struct Integer {
   static __device__ __forceinline__ Sum get(Stored bits) { return bits; }
   static __device__ __forceinline__ Stored put(Sum value) { return value; }
   static __device__ __forceinline__ Sum divide(Sum value, int divisor) {
+    if constexpr (static_cast<Number>(-1) > 0) return static_cast<Sum>(value / static_cast<uint64_t>(divisor));
     return static_cast<Sum>(static_cast<int64_t>(static_cast<Number>(value)) / divisor);
   }
   static __device__ __forceinline__ bool less(Sum a, Sum b) { return static_cast<Number>(a) < static_cast<Number>(b); }
@@ -110,6 +111,12 @@ auto with_element(DType dtype, Run run) {
       return run(Integer<uint32_t, int32_t>());
     case DType::int64:
       return run(Integer<uint64_t, int64_t>());
+    case DType::uint16:
+      return run(Integer<uint16_t, uint16_t>());
+    case DType::uint32:
+      return run(Integer<uint32_t, uint32_t>());
+    case DType::uint64:
+      return run(Integer<uint64_t, uint64_t>());
     default:
       return run(Integer<uint8_t, uint8_t>());
   }

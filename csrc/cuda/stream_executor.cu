@@ -158,7 +158,7 @@ StreamExecutor::Uploaded& StreamExecutor::upload(const std::shared_ptr<const Pla
   return uploaded_.emplace(plan.get(), std::move(uploaded)).first->second;
 }
 
-std::shared_ptr<Work> StreamExecutor::launch(const DeviceJob& job, uintptr_t stream) {
+std::shared_ptr<Work> StreamExecutor::launch(const DeviceJob& job, uintptr_t stream, Work::Finish finish) {
   const std::lock_guard lock(mutex_);
   if (!connected_ || closing_)
     throw Error(ErrorKind::error, where(job) + ": the device executor is " + (closing_ ? "closed" : "not connected"));
@@ -166,7 +166,7 @@ std::shared_ptr<Work> StreamExecutor::launch(const DeviceJob& job, uintptr_t str
     const OutsideCapture outside;
     const DeviceScope scope(device_);
     const bool capturing = is_capturing(stream_of(stream));
-    auto work = std::make_shared<Launched>(shared_from_this());
+    auto work = std::make_shared<Launched>(shared_from_this(), std::move(finish));
     work->begin();
     before_->record(stream_of(stream));
     before_->hold(*stream_);

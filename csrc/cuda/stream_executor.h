@@ -32,7 +32,7 @@ class StreamExecutor final : public DeviceExecutor, public std::enable_shared_fr
   std::string publish() override;
   void connect(const std::vector<std::string>& blobs) override;
   size_t window_bytes(const Program& program, const Shape& shape) const override;
-  std::shared_ptr<Work> launch(const DeviceJob& job, uintptr_t stream) override;
+  std::shared_ptr<Work> launch(const DeviceJob& job, uintptr_t stream, Work::Finish finish) override;
   void join(const Work& work, uintptr_t stream) override;
   void synchronize(uintptr_t stream) override;
   std::shared_ptr<Bucket> bucket(const std::vector<BucketItem>& items, DType dtype) override;

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from paracomm.backend.work import DeviceWork
 from paracomm.comm import Communicator, device
 from paracomm.comm.rails import Rails
-from paracomm.comm.streams import SideStreams
+from paracomm.comm.streams import SideStream, SideStreams
 from paracomm.errors import InvalidArgument
 
 
@@ -47,12 +46,9 @@ class Devices:
             raise InvalidArgument("use_between: this group has carried device memory between hosts already")
         self._rails = Rails(self._comm, groups)
 
-    def work(
-        self, part: Any, value: list[torch.Tensor], args: Sequence[Any], finish: Callable[[], None] | None
-    ) -> DeviceWork:
-        """Of an operation of the core that streams wait for, on tensors among `value` and `args`."""
-        where = next(each.device for each in (*value, *args) if isinstance(each, torch.Tensor))
-        return DeviceWork(part, value, finish, self._sides.of(where))
+    def side_of(self, tensor: torch.Tensor) -> SideStream:
+        """The side stream of the GPU that a tensor is on."""
+        return self._sides.of(tensor.device)
 
     def synchronize(self) -> None:
         """The host waits for all that streams hold of this rank's GPU, if the group has used one."""

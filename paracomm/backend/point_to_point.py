@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from paracomm.backend.tensors import flat, movable, unpack
 from paracomm.backend.work import Past, Work
 from paracomm.comm import Communicator
+from paracomm.comm.arrays import assign
 from paracomm.errors import InvalidArgument, Timeout
 
 # Tags of torch's callers are not negative.
@@ -26,25 +26,36 @@ class PointToPoint:
         self._to_self = _ToSelf(comm.rank)
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int, timeout_s: float | None) -> Work:
-        return Work([self._send(movable(tensor.detach()), dst, tag, timeout_s)], [tensor])
+        return Work([self._send(tensor.detach(), dst, tag, timeout_s)], [tensor])
 
     def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout_s: float | None) -> Work:
-        return Work([self._recv(movable(tensor.detach()), src, tag, timeout_s)], [tensor])
+        return Work([self._recv(tensor.detach(), src, tag, timeout_s)], [tensor])
 
-    def exchange(self, recvs: Sequence[torch.Tensor], sends: Sequence[torch.Tensor], timeout_s: float | None) -> list:
-        """Sends sends[r] to rank r and receives recvs[r] from it; flat tensors of any length, 0 too."""
+    def exchange(
+        self, what: str, recvs: Sequence[torch.Tensor], sends: Sequence[torch.Tensor], timeout_s: float | None
+    ) -> list[Any]:
+        """Sends sends[r] to rank r and receives recvs[r] from it; tensors of any length, 0 too, of one dtype.
+
+        Raises:
+            InvalidArgument: this rank sends itself another length than it expects.
+        """
+        own, recvs = self._comm.rank, [tensor.detach() for tensor in recvs]
+        if sends[own].numel() != recvs[own].numel():
+            raise InvalidArgument(
+                f"{what}: rank {own} sends itself {sends[own].numel()} elements and expects {recvs[own].numel()}"
+            )
+        begin, end = min(map(_begin, recvs)), max(map(_end, recvs))
+        # What is received must not take the place of what is yet to be sent.
+        sends = [each.clone() if _begin(each) < end and begin < _end(each) else each.detach() for each in sends]
         parts = []
-        own = self._comm.rank
         for shift in range(1, self._comm.world_size):
             peer = (own + shift) % self._comm.world_size
-            if len(sends[peer]):
+            if sends[peer].numel():
                 parts.append(self._send(sends[peer], peer, EXCHANGE_TAG, timeout_s))
             peer = (own - shift) % self._comm.world_size
-            if len(recvs[peer]):
+            if recvs[peer].numel():
                 parts.append(self._recv(recvs[peer], peer, EXCHANGE_TAG, timeout_s))
-        if len(sends[own]) != len(recvs[own]):
-            raise InvalidArgument(f"rank {own} sends itself {len(sends[own])} elements and expects {len(recvs[own])}")
-        recvs[own].copy_(sends[own])
+        assign(recvs[own], sends[own].reshape(recvs[own].shape))
         return parts
 
     def _send(self, tensor: torch.Tensor, dst: int, tag: int, timeout_s: float | None) -> Any:
@@ -102,7 +113,7 @@ class _SelfRecv:
                 f"{self._tensor.dtype} x {self._tensor.numel()}"
             )
         else:
-            unpack(flat(message), [self._tensor])
+            assign(self._tensor, message.reshape(self._tensor.shape))
         self._came.set()
 
     def done(self) -> bool:
@@ -114,3 +125,15 @@ class _SelfRecv:
             raise Timeout(f"recv from rank {self.source}, which is this rank itself, timed out after {limit_s:g} s")
         if self._error is not None:
             raise self._error
+
+
+def _begin(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def _end(tensor: torch.Tensor) -> int:
+    """One past a tensor's last byte."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr()
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.itemsize

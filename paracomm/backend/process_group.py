@@ -7,24 +7,33 @@ synchronous call returns when the current stream waits for it.
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _len_torch_dispatch_stack
 from torch.autograd import _profiler_enabled
 
-from paracomm.backend import sparse
+from paracomm.backend import dispatch, sparse
 from paracomm.backend.devices import Devices, device_types
 from paracomm.backend.mapped import BucketMapper
 from paracomm.backend.monitor import monitored_barrier
 from paracomm.backend.point_to_point import PointToPoint
-from paracomm.backend.tensors import flat, movable, pack, reducible, restored, room, unpack
+from paracomm.backend.tensors import Several, alike
 from paracomm.backend.trace import named
-from paracomm.backend.work import COMPLETED, Publisher, Work, seconds
+from paracomm.backend.work import (
+    COMPLETED,
+    Backward,
+    DeviceWork,
+    Past,
+    Publisher,
+    Work,
+    called_from_python,
+    seconds,
+)  # fmt: skip
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
 from paracomm.timeline import record
@@ -59,14 +68,15 @@ class ProcessGroup(dist.ProcessGroup):
 
     def __init__(self, comm: Communicator, store: Any, settings: Mapping[str, Any], name: str) -> None:
         super().__init__(comm.rank, comm.world_size)  # type: ignore[call-arg]  # with a store, it wants backends of C++
+        self.twin = dist.ProcessGroup(comm.rank, comm.world_size)  # type: ignore[call-arg]
+        """What the dispatcher sees in place of this one, see dispatch.py."""
         self.comm = comm
         self._store, self._settings = store, settings
         self._name, self._desc = name, "undefined"
         self._fast: Any = comm.fast_all_reduce
         self._timeout_s: float | None = None
-        self._publisher = Publisher()
+        self._publisher, self._backward = Publisher(), Backward()
         self._mapper = BucketMapper(comm)
-        self._between_hosts = len(set(comm.host_indices)) > 1
         self._devices = Devices(comm)
         self._p2p = PointToPoint(comm)
         self._splits = self._monitored = self._sequence = 0
@@ -139,20 +149,18 @@ class ProcessGroup(dist.ProcessGroup):
 
     # --- how a call runs ---
     def _run(
-        self, opts: Any, value: list[Tensor], call: Callable[..., Any], *args: Any,
-        finish: Callable[[], None] | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """`call` of the communicator as `opts` say: at once, or as a Work whose future holds `value`."""
+        self, opts: Any, value: Callable[[], list[Tensor]] | list[Tensor], calls: Sequence[Callable[..., Any]]
+    ) -> Any:
+        """Calls of the communicator as `opts` say: at once, or as a Work whose future holds `value`."""
         timeout_s = self._limit(opts)
         if not getattr(opts, "asyncOp", True):
-            call(*args, timeout_s=timeout_s, **kwargs)
-            if finish is not None:
-                finish()
+            for call in calls:
+                call(timeout_s=timeout_s)
             return COMPLETED
-        part = call(*args, timeout_s=timeout_s, async_op=True, **kwargs)
-        if part.joins:
-            return self._devices.work(part, value, args, finish)
-        return Work([part], value, finish, self._publisher, self._between_hosts)
+        parts = [call(timeout_s=timeout_s, async_op=True) for call in calls]
+        if parts[-1].joins:
+            return DeviceWork(parts, value, self._devices.side_of((value() if callable(value) else value)[0]))
+        return Work(parts, value, self._publisher, self._backward)
 
     def _limit(self, opts: Any) -> float | None:
         own = seconds(getattr(opts, "timeout", None))
@@ -175,29 +183,23 @@ class ProcessGroup(dist.ProcessGroup):
             opts = _options(dist.AllreduceOptions, reduceOp=opts, timeout=timeout)
         if isinstance(tensors, Tensor):
             tensors = [tensors]
-        asks_async = getattr(opts, "asyncOp", True)  # torch 2.6 does not say: it waits for the Work itself
-        by_reducer = asks_async and _asked_by_reducer()
-        if by_reducer:
+        # torch 2.6 does not say that a call is synchronous: it waits for the Work itself.
+        if not getattr(opts, "asyncOp", True) and len(tensors) == 1 and not opts.timeout > _NO_TIME:
+            watched = _profiler_enabled() or record.current is not None or _len_torch_dispatch_stack()
+            if not watched and self._fast(tensors[0], op_name(opts.reduceOp), None):
+                return COMPLETED
+        if dispatch.is_seen((tensors,)):
+            return dispatch.send(self, "allreduce", type(self)._all_reduce, tensors, opts)
+        if not called_from_python("allreduce"):  # DistributedDataParallel's reducer did
             self._mapper.notice(tensors[0])
-        waits = not asks_async or (by_reducer and not self._between_hosts)
-        seen = _profiler_enabled() or record.current is not None
-        if waits and len(tensors) == 1 and not seen and not opts.timeout > _NO_TIME:
-            try:
-                if self._fast(tensors[0], op_name(opts.reduceOp), None):
-                    return Work([], list(tensors), None, self._publisher) if asks_async else COMPLETED
-            except InvalidArgument:
-                pass  # it takes dense tensors of its own dtypes only
         return self._all_reduce(tensors, opts)
 
     @named("all_reduce")
     def _all_reduce(self, tensors: Tensors, opts: Any) -> Any:
-        op = op_name(opts.reduceOp)
-        if len(tensors) > 1:
-            return self._all_reduce_coalesced(tensors, opts)
-        if tensors[0].layout != torch.strided:
-            return sparse.all_reduce(self.comm, tensors[0], op, self._limit(opts))
-        source = reducible(tensors[0].detach(), op)
-        return self._run(opts, list(tensors), self._devices.all_reducer(source), source, op)
+        if len(tensors) == 1 and tensors[0].layout != torch.strided:
+            sparse.all_reduce(self.comm, tensors[0], op_name(opts.reduceOp), self._limit(opts))
+            return self._run(opts, list(tensors), [_over])
+        return self._all_reduce_coalesced(tensors, opts)
 
     @named("all_reduce_coalesced")
     def allreduce_coalesced(self, tensors: Tensors, opts: Any = None) -> Any:
@@ -205,172 +207,127 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _all_reduce_coalesced(self, tensors: Tensors, opts: Any) -> Any:
         op = op_name(opts.reduceOp)
-        real = [reducible(tensor.detach(), op) for tensor in tensors]
-        whole = pack(real)
-        return self._run(
-            opts, list(tensors), self._devices.all_reducer(whole), whole, op, finish=lambda: unpack(whole, real)
-        )
+        calls = [
+            partial(self._devices.all_reducer(same.arrays[0]), same.one(), op)
+            for (same,) in alike("all_reduce", tensors)
+        ]
+        return self._run(opts, list(tensors), calls)
 
     @named("all_gather", inputs=1)
     def allgather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> Any:
         """The future is NCCL's, which torch's quantisation hooks take apart: [all outputs, one after the other]; where
         they differ in size, a list of them."""
-        source = movable(inputs[0].detach())
-        outs = [movable(out.detach()) for out in outputs[0]]
+        source, outs = inputs[0], list(outputs[0])
         _need(len(outs) == self.comm.world_size, "all_gather", f"{len(outs)} outputs for {self.comm.world_size} ranks")
         _need(all(out.dtype == source.dtype for out in outs), "all_gather", "input and outputs differ in dtype")
         rows = [out.numel() for out in outs]
-        target, copied = room(outs)
-        finish = (lambda: unpack(target, outs)) if copied else None
+        target = Several(outs)
         if len(set(rows)) == 1 and rows[0] == source.numel():
-            value = [restored(target, outputs[0])] if getattr(opts, "asyncOp", True) else []
-            return self._run(opts, value, self.comm.all_gather, source, out=target, finish=finish)
-        return self._run(opts, list(outputs[0]), self.comm.all_gather_v, flat(source), out=target, rows=rows,
-                         finish=finish)  # fmt: skip
+            return self._run(opts, lambda: [_stacked(target, outs)],
+                             [partial(self.comm.all_gather, source, out=target)])  # fmt: skip
+        call = partial(self.comm.all_gather_v, source.detach().reshape(-1), out=target, rows=rows)
+        return self._run(opts, outs, [call])
 
     @named("all_gather_single", inputs=1)
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
-        return self._all_gather_single(output, input, opts)
-
-    def _all_gather_single(self, output: Tensor, input: Tensor, opts: Any) -> Any:
-        return self._run(opts, [output], self.comm.all_gather, movable(input.detach()), out=movable(output.detach()))
+        return self._run(opts, [output], [partial(self.comm.all_gather, input, out=output)])
 
     @named("all_gather_coalesced", inputs=1)
     def allgather_coalesced(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> Any:
         """outputs[rank][i] becomes rank's inputs[i]."""
-        _need(len(outputs) == self.comm.world_size, "all_gather_coalesced", "one list for every rank")
-        sources = [movable(tensor.detach()) for tensor in inputs]
-        outs = [movable(tensor.detach()) for row in outputs for tensor in row]
-        target = outs[0].new_empty(sum(out.numel() for out in outs))
-        value = [tensor for row in outputs for tensor in row]
-        return self._run(opts, value, self.comm.all_gather, pack(sources), out=target,
-                         finish=lambda: unpack(target, outs))  # fmt: skip
+        what = "all_gather_coalesced"
+        _need(len(outputs) == self.comm.world_size, what, "one list for every rank")
+        _need(all(len(row) == len(inputs) for row in outputs), what, f"{len(inputs)} outputs for every rank")
+        calls = []
+        for sources, *rows in alike(what, inputs, *outputs):
+            target = Several([out for row in rows for out in row.arrays])
+            calls.append(partial(self.comm.all_gather, sources.one(), out=target))
+        return self._run(opts, [tensor for row in outputs for tensor in row], calls)
 
     @named("all_gather_single_coalesced", inputs=1)
     def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Any:
         """outputs[i] becomes every rank's inputs[i], one after the other."""
-        world_size = self.comm.world_size
-        if len(outputs) == 1:
-            return self._all_gather_single(outputs[0], inputs[0], opts)
-        sources = [movable(tensor.detach()) for tensor in inputs]
-        outs = [movable(tensor.detach()) for tensor in outputs]
-        target = sources[0].new_empty((world_size, sum(source.numel() for source in sources)))
-
-        def finish() -> None:
-            parts = target.split([source.numel() for source in sources], dim=1)
-            with torch.no_grad():
-                for out, part in zip(outs, parts, strict=True):
-                    out.copy_(part.reshape(out.shape))
-
-        return self._run(opts, list(outputs), self.comm.all_gather, pack(sources), out=target, finish=finish)
+        what = "all_gather_single_coalesced"
+        _need(len(outputs) == len(inputs), what, f"{len(outputs)} outputs for {len(inputs)} inputs")
+        calls = []
+        for sources, outs in alike(what, inputs, outputs):
+            calls.append(partial(self.comm.all_gather, sources.one(), out=outs.by_rank(what, self.comm.world_size)))
+        return self._run(opts, list(outputs), calls)
 
     @named("reduce_scatter", inputs=1)
     def reduce_scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any = None) -> Any:
         opts = opts or _options(dist.ReduceScatterOptions)
         op = op_name(opts.reduceOp)
-        out = reducible(outputs[0].detach(), op)
-        sources = [reducible(tensor.detach(), op) for tensor in inputs[0]]
-        _need(len(sources) == self.comm.world_size, "reduce_scatter", f"{len(sources)} inputs")
-        rows = [source.numel() for source in sources]
-        whole = pack(sources)
+        _need(len(inputs[0]) == self.comm.world_size, "reduce_scatter", f"{len(inputs[0])} inputs")
+        source, out = Several(inputs[0]), outputs[0]
+        rows = [tensor.numel() for tensor in inputs[0]]
         if len(set(rows)) == 1:
-            return self._run(opts, list(outputs), self.comm.reduce_scatter, whole, op, out=out)
-        return self._run(opts, list(outputs), self.comm.reduce_scatter_v, whole, rows, op, out=out)
+            return self._run(opts, list(outputs), [partial(self.comm.reduce_scatter, source, op, out=out)])
+        return self._run(opts, list(outputs), [partial(self.comm.reduce_scatter_v, source, rows, op, out=out)])
 
     @named("reduce_scatter_single", inputs=1)
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
-        return self._reduce_scatter_single(output, input, opts or _options(dist.ReduceScatterOptions))
-
-    def _reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> Any:
-        op = op_name(opts.reduceOp)
-        source, out = reducible(input.detach(), op), reducible(output.detach(), op)
-        return self._run(opts, [output], self.comm.reduce_scatter, source, op, out=out)
+        opts = opts or _options(dist.ReduceScatterOptions)
+        call = partial(self.comm.reduce_scatter, input, op_name(opts.reduceOp), out=output)
+        return self._run(opts, [output], [call])
 
     @named("reduce_scatter_single_coalesced", inputs=1)
     def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Any:
         """outputs[i] becomes this rank's block of the reduction of inputs[i]."""
-        opts = opts or _options(dist.ReduceScatterOptions)
-        if len(outputs) == 1:
-            return self._reduce_scatter_single(outputs[0], inputs[0], opts)
-        op, world_size = op_name(opts.reduceOp), self.comm.world_size
-        sources = [reducible(tensor.detach(), op) for tensor in inputs]
-        outs = [reducible(tensor.detach(), op) for tensor in outputs]
-        whole = torch.cat([source.reshape(world_size, -1) for source in sources], dim=1)
-        target, copied = room(outs)
-        finish = (lambda: unpack(target, outs)) if copied else None
-        return self._run(opts, list(outputs), self.comm.reduce_scatter, whole, op, out=target, finish=finish)
+        what, opts = "reduce_scatter_single_coalesced", opts or _options(dist.ReduceScatterOptions)
+        _need(len(outputs) == len(inputs), what, f"{len(outputs)} outputs for {len(inputs)} inputs")
+        op, calls = op_name(opts.reduceOp), []
+        for sources, outs in alike(what, inputs, outputs):
+            source = sources.by_rank(what, self.comm.world_size)
+            calls.append(partial(self.comm.reduce_scatter, source, op, out=outs.one()))
+        return self._run(opts, list(outputs), calls)
 
     @named("all_to_all", inputs=1)
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: Sequence[int] | None = None,
         input_splits: Sequence[int] | None = None, opts: Any = None,
     ) -> Any:  # fmt: skip
-        source, out = movable(input.detach()), movable(output.detach())
+        what = "all_to_all_single"
         if not output_splits and not input_splits:
-            _need(source.dim() > 0 and len(source) % self.comm.world_size == 0, "all_to_all_single",
-                  f"dimension 0 of {tuple(source.shape)} does not divide by {self.comm.world_size}")  # fmt: skip
-            return self._run(opts, [output], self.comm.all_to_all, source, out=out)
-        sends = flat(source).split(self._blocks("input", source, input_splits))
-        target = flat(out)
-        finish = None if out.is_contiguous() else lambda: unpack(target, [out])
-        return self._exchange(opts, [output], target.split(self._blocks("output", out, output_splits)), sends, finish)
+            _need(input.dim() > 0 and len(input) % self.comm.world_size == 0, what,
+                  f"dimension 0 of {tuple(input.shape)} does not divide by {self.comm.world_size}")  # fmt: skip
+            return self._run(opts, [output], [partial(self.comm.all_to_all, input, out=output)])
+        sends, recvs = self._blocks("input", input, input_splits), self._blocks("output", output, output_splits)
+        return self._exchange(what, opts, [output], recvs, sends)
 
-    def _blocks(self, what: str, tensor: Tensor, splits: Sequence[int] | None) -> list[int]:
-        """Elements of every rank's block of a tensor that is split along dimension 0."""
-        n, rows = self.comm.world_size, len(tensor)
+    def _blocks(self, what: str, tensor: Tensor, splits: Sequence[int] | None) -> list[Tensor]:
+        """Every rank's block of a tensor that is split along dimension 0."""
+        n, rows = self.comm.world_size, len(tensor) if tensor.dim() else 0
         splits = list(splits) if splits else [rows // n] * n
-        _need(len(splits) == n and sum(splits) == rows, "all_to_all_single",
+        _need(len(splits) == n and sum(splits) == rows and min(splits) >= 0, "all_to_all_single",
               f"{what} splits {splits} do not fit dimension 0 of {tuple(tensor.shape)} and {n} ranks")  # fmt: skip
-        return [rows * math.prod(tensor.shape[1:]) for rows in splits]
+        return list(tensor.detach().split(splits)) if tensor.dim() else [tensor.detach()[None]] * n
 
     @named("all_to_all", inputs=1)
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Any:
         n = self.comm.world_size
         _need(len(outputs) == n == len(inputs), "all_to_all", f"{len(outputs)} outputs, {len(inputs)} inputs")
-        outs = [movable(tensor.detach()) for tensor in outputs]
-        targets = [flat(out) for out in outs]
-        strided = [(t, o) for t, o in zip(targets, outs, strict=True) if not o.is_contiguous()]
+        return self._exchange("all_to_all", opts, list(outputs), outputs, inputs)
 
-        def finish() -> None:
-            for target, out in strided:
-                unpack(target, [out])
-
-        sends = [flat(movable(tensor.detach())) for tensor in inputs]
-        return self._exchange(opts, list(outputs), targets, sends, finish if strided else None)
-
-    def _exchange(
-        self, opts: Any, value: list[Tensor], recvs: Tensors, sends: Tensors, finish: Callable[[], None] | None
-    ) -> Any:
+    def _exchange(self, what: str, opts: Any, value: list[Tensor], recvs: Tensors, sends: Tensors) -> Any:
         """Blocks of any size to and from every rank. Each pair knows its own sizes, so no rank asks for the others';
         on a device all ranks' blocks are cut into as many pieces, and they have to."""
+        dtypes = {tensor.dtype for tensor in (*recvs, *sends)}
+        _need(len(dtypes) == 1, what, f"blocks of {', '.join(sorted(map(str, dtypes)))}, expected one dtype")
         if self._devices.has(sends[0]):
-            return self._exchange_on_device(opts, value, recvs, sends, finish)
-        work = Work(self._p2p.exchange(recvs, sends, self._limit(opts)), value, finish)
+            rows = [block.numel() for block in sends], [block.numel() for block in recvs]
+            return self._run(opts, value, [partial(self.comm.all_to_all_v, Several(sends), *rows, out=Several(recvs))])
+        work = Work(self._p2p.exchange(what, list(recvs), list(sends), self._limit(opts)), value)
         if getattr(opts, "asyncOp", True):
             return work
         work.wait()
         return COMPLETED
 
-    def _exchange_on_device(
-        self, opts: Any, value: list[Tensor], recvs: Tensors, sends: Tensors, finish: Callable[[], None] | None
-    ) -> Any:
-        target, copied = room(recvs)
-
-        def unpacked() -> None:
-            if copied:
-                unpack(target, recvs)
-            if finish is not None:
-                finish()
-
-        send_rows, recv_rows = [len(block) for block in sends], [len(block) for block in recvs]
-        return self._run(opts, value, self.comm.all_to_all_v, pack(sends), send_rows, recv_rows, out=target,
-                         finish=unpacked)  # fmt: skip
-
     @named("barrier")
     def barrier(self, opts: Any = None) -> Any:
         """On a GPU too: what any stream of it holds is complete on every rank afterwards, as with NCCL."""
         self._devices.synchronize()
-        return self._run(opts, [], self.comm.barrier)
+        return self._run(opts, [], [self.comm.barrier])
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """Like barrier; rank 0 raises with the ranks that did not come in time. The group is of use afterwards."""
@@ -384,42 +341,39 @@ class ProcessGroup(dist.ProcessGroup):
         if not isinstance(opts, dist.BroadcastOptions):  # the short form: broadcast(tensor, root)
             opts = _options(dist.BroadcastOptions, rootRank=opts)
         tensors = [tensors] if isinstance(tensors, Tensor) else tensors
-        return self._run(opts, list(tensors), self.comm.broadcast, movable(tensors[0].detach()), opts.rootRank)
+        return self._run(opts, list(tensors), [partial(self.comm.broadcast, tensors[0], opts.rootRank)])
 
     @named("reduce")
     def reduce(self, tensors: Tensors, opts: Any = None) -> Any:
         opts = opts or _options(dist.ReduceOptions)
-        op = op_name(opts.reduceOp)
-        source = reducible(tensors[0].detach(), op)
-        return self._run(opts, list(tensors), self.comm.reduce, source, opts.rootRank, op)
+        call = partial(self.comm.reduce, tensors[0], opts.rootRank, op_name(opts.reduceOp))
+        return self._run(opts, list(tensors), [call])
 
     @named("gather", inputs=1)
     def gather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> Any:
         opts = opts or _options(dist.GatherOptions)
-        source = movable(inputs[0].detach())
+        source = inputs[0]
         if self.comm.rank != opts.rootRank:
             _need(not outputs, "gather", f"rank {self.comm.rank} is not the root {opts.rootRank} and has no outputs")
-            return self._run(opts, [], self.comm.gather, source, opts.rootRank)
+            return self._run(opts, [], [partial(self.comm.gather, source, opts.rootRank)])
         _need(len(outputs) == 1 and len(outputs[0]) == self.comm.world_size, "gather", "one output for every rank")
-        outs = [movable(out.detach()) for out in outputs[0]]
+        outs = list(outputs[0])
         _need(all(out.dtype == source.dtype and out.numel() == source.numel() for out in outs), "gather",
               "outputs differ from the input in dtype or size")  # fmt: skip
-        target, copied = room(outs)
-        finish = (lambda: unpack(target, outs)) if copied else None
-        return self._run(opts, list(outputs[0]), self.comm.gather, source, opts.rootRank, out=target, finish=finish)
+        return self._run(opts, outs, [partial(self.comm.gather, source, opts.rootRank, out=Several(outs))])
 
     @named("scatter", inputs=1)
     def scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any = None) -> Any:
         opts = opts or _options(dist.ScatterOptions)
-        out = movable(outputs[0].detach())
+        out = outputs[0]
         if self.comm.rank != opts.rootRank:
             _need(not inputs, "scatter", f"rank {self.comm.rank} is not the root {opts.rootRank} and has no inputs")
-            return self._run(opts, list(outputs), self.comm.scatter, None, opts.rootRank, out=out)
+            return self._run(opts, list(outputs), [partial(self.comm.scatter, None, opts.rootRank, out=out)])
         _need(len(inputs) == 1 and len(inputs[0]) == self.comm.world_size, "scatter", "one input for every rank")
-        sources = [movable(tensor.detach()) for tensor in inputs[0]]
+        sources = list(inputs[0])
         _need(all(s.dtype == out.dtype and s.numel() == out.numel() for s in sources), "scatter",
               "inputs differ from the output in dtype or size")  # fmt: skip
-        return self._run(opts, list(outputs), self.comm.scatter, pack(sources), opts.rootRank, out=out)
+        return self._run(opts, list(outputs), [partial(self.comm.scatter, Several(sources), opts.rootRank, out=out)])
 
     # --- point to point ---
     @named("send")
@@ -464,12 +418,6 @@ class ProcessGroup(dist.ProcessGroup):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
 
-def _asked_by_reducer() -> bool:
-    """Whether C++ called us inside a backward pass: DistributedDataParallel, which asks for the future at once. On one
-    host that is waited for (see Work.get_future), and to run the operation right here saves two changes of thread."""
-    return sys._getframe(2).f_code.co_name == "_engine_run_backward"
-
-
 def op_name(op: Any) -> str:
     """ "sum" for ReduceOp.SUM. Raises InvalidArgument for what the core does not reduce by."""
     name = _BY_HASH.get(hash(op))
@@ -479,6 +427,16 @@ def op_name(op: Any) -> str:
     if kind not in OPS:
         raise InvalidArgument(f"reduction {kind} is not supported; there are {', '.join(OPS.values())}")
     return OPS[kind]
+
+
+def _over(**_: Any) -> Past:
+    return Past()
+
+
+def _stacked(target: Several, outs: list[Tensor]) -> Tensor:
+    """The outputs of an all_gather as one tensor: over their memory, if they lie so."""
+    whole = target.joined()
+    return torch.stack(outs) if whole is None else whole.view(len(outs), *outs[0].shape)
 
 
 def _need(good: bool, what: str, why: str) -> None:

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 
-from paracomm.backend.tensors import movable
-from paracomm.backend.work import Past, Work
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
 
 
-def all_reduce(comm: Communicator, tensor: torch.Tensor, op: str, timeout_s: float | None) -> Work:
+def all_reduce(comm: Communicator, tensor: torch.Tensor, op: str, timeout_s: float | None) -> None:
     """Sums COO tensors of one shape: their entries are gathered, and each rank adds them up in the same order."""
     if tensor.layout != torch.sparse_coo or op != "sum":
         raise InvalidArgument(f"all_reduce: {op} of a tensor of layout {tensor.layout} is not supported, COO sums are")
@@ -25,10 +23,9 @@ def all_reduce(comm: Communicator, tensor: torch.Tensor, op: str, timeout_s: flo
         sums = _gather(comm, values.contiguous(), entries, timeout_s)
         total = torch.sparse_coo_tensor(everybodys.t(), sums, tensor.shape).coalesce()
         tensor.copy_(total)
-    return Work([Past()], [tensor])
 
 
 def _gather(comm: Communicator, rows: torch.Tensor, counts: list[int], timeout_s: float | None) -> Any:
     out = rows.new_empty((sum(counts), *rows.shape[1:]))
-    comm.all_gather_v(movable(rows), out=movable(out), rows=counts, timeout_s=timeout_s)
+    comm.all_gather_v(rows, out=out, rows=counts, timeout_s=timeout_s)
     return out

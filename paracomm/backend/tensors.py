@@ -1,89 +1,67 @@
-"""Tensors as the core takes them: dense, of a dtype that it knows, lists of them back to back in one."""
+"""Lists of tensors, as torch's calls bring them, for one operation of the communicator."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
+from paracomm.comm import arrays
 from paracomm.errors import InvalidArgument
 
-# What the core reduces; other dtypes can be moved as bytes.
-REDUCIBLE = frozenset(
-    {
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
-        torch.uint8, torch.bool,
-    }
-)  # fmt: skip
+Tensors = Sequence[torch.Tensor]
 
 
-def reducible(tensor: torch.Tensor, op: str) -> torch.Tensor:
-    """The tensor, or a view of it that has the same reduction. Raises InvalidArgument if there is none."""
-    if tensor.dtype in REDUCIBLE:
-        return tensor
-    if tensor.is_complex():
-        if op not in ("sum", "avg"):
-            raise InvalidArgument(f"{op} is not defined for {tensor.dtype}")
-        return torch.view_as_real(tensor)
-    raise InvalidArgument(f"{op} is not defined here for {tensor.dtype}")
+class Several(arrays.Several):
+    """Tensors that stand for one."""
+
+    def one(self) -> Any:
+        """The tensor itself, if it is one alone."""
+        return self.arrays[0] if len(self.arrays) == 1 else self
+
+    def by_rank(self, what: str, world_size: int) -> Several:
+        """Each tensor cut into world_size blocks along dimension 0, in the order in which ranks' blocks lie in an
+        operation: block 0 of every tensor, then block 1.
+
+        Raises:
+            InvalidArgument: a tensor does not divide so.
+        """
+        cut = []
+        for tensor in self.arrays:
+            whole = tensor if tensor.dim() and len(tensor) % world_size == 0 else _flat(what, tensor)
+            if len(whole) % world_size:
+                raise InvalidArgument(f"{what}: a tensor of shape {tuple(tensor.shape)} is not {world_size} blocks")
+            cut.append(whole.chunk(world_size) if len(whole) else [whole] * world_size)
+        return Several([blocks[rank] for rank in range(world_size) for blocks in cut])
 
 
-def movable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a view of it as a dtype that the core knows."""
-    if tensor.dtype in REDUCIBLE:
-        return tensor
-    if tensor.is_complex():
-        return torch.view_as_real(tensor)
-    return tensor.reshape(1).view(torch.uint8) if tensor.dim() == 0 else tensor.view(torch.uint8)
+def _flat(what: str, tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return tensor.view(-1)
+    except RuntimeError:
+        raise InvalidArgument(
+            f"{what}: a strided tensor of shape {tuple(tensor.shape)} is cut along dimension 0"
+        ) from None
 
 
-def restored(whole: torch.Tensor, like: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A flat tensor of what `movable` made of tensors of one shape, as [len(like), *shape] and of their dtype."""
-    first = like[0]
-    if first.is_complex():
-        whole = torch.view_as_complex(whole.view(-1, 2))
-    elif whole.dtype != first.dtype:
-        whole = whole.view(first.dtype)
-    return whole.view(len(like), *first.shape)
+def alike(what: str, *lists: Tensors) -> Iterator[tuple[Several, ...]]:
+    """The tensors of each list whose dtype and device are alike, for one operation each: what is packed together keeps
+    its numbers. Groups come in the order of the first list, which is that of every rank.
 
-
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements in one dimension; a copy where they do not lie back to back."""
-    return tensor.detach().reshape(-1)
-
-
-def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One flat tensor over the memory of all, if they lie back to back in one storage, as the chunks of a tensor do."""
-    first = tensors[0]
-    if len(tensors) == 1 and first.is_contiguous():
-        return flat(first)
-    storage = first.untyped_storage().data_ptr()
-    offset = first.storage_offset()
-    for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.dtype != first.dtype or tensor.storage_offset() != offset:
-            return None
-        if tensor.untyped_storage().data_ptr() != storage:
-            return None
-        offset += tensor.numel()
-    return first.detach().as_strided((offset - first.storage_offset(),), (1,))
-
-
-def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All elements of all tensors, in one dimension: a view if they lie so, otherwise a copy."""
-    whole = joined(tensors)
-    return torch.cat([flat(tensor) for tensor in tensors]) if whole is None else whole
-
-
-def room(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, bool]:
-    """A flat tensor to receive what belongs into the tensors, and whether it is other memory than theirs."""
-    whole = joined(tensors)
-    if whole is not None:
-        return whole, False
-    return tensors[0].new_empty(sum(tensor.numel() for tensor in tensors)), True
-
-
-def unpack(whole: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-    """Copies the parts of a flat tensor into the tensors, whatever their strides are."""
-    with torch.no_grad():
-        for part, tensor in zip(whole.split([tensor.numel() for tensor in tensors]), tensors, strict=True):
-            tensor.copy_(part.view(tensor.shape))
+    Raises:
+        InvalidArgument: the lists differ in length, dtypes or devices; they are empty.
+    """
+    if not lists[0]:
+        raise InvalidArgument(f"{what}: no tensors")
+    groups: dict[Any, list[int]] = {}
+    for number, tensor in enumerate(lists[0]):
+        groups.setdefault((tensor.dtype, tensor.device), []).append(number)
+        for other in lists[1:]:
+            if (other[number].dtype, other[number].device) != (tensor.dtype, tensor.device):
+                raise InvalidArgument(
+                    f"{what}: tensor {number} is {tensor.dtype} on {tensor.device} in one list, "
+                    f"{other[number].dtype} on {other[number].device} in another"
+                )
+    for numbers in groups.values():
+        yield tuple(Several([each[number] for number in numbers]) for each in lists)

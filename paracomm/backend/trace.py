@@ -1,14 +1,17 @@
-"""Ranges of the profiler's trace, one a call, named `paracomm:all_reduce` and so on, with the shapes of its inputs."""
+"""What every call of the process group passes first: torch's dispatcher where it has to see the call, and the
+profiler's trace, in which a call is a range named `paracomm:all_reduce` and so on, with the shapes of its inputs."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch._C._profiler import _RecordFunctionFast
 from torch.autograd import _profiler_enabled
+
+from paracomm.backend import dispatch
 
 
 def named(name: str, inputs: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -20,21 +23,26 @@ def named(name: str, inputs: int = 0) -> Callable[[Callable[..., Any]], Callable
     label = f"paracomm:{name}"
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
             if not _profiler_enabled():
                 return method(self, *args, **kwargs)
-            with _RecordFunctionFast(label, list(_tensors(args[inputs] if len(args) > inputs else None)), {}):
+            shown = list(dispatch.tensors_of(args[inputs] if len(args) > inputs else None))
+            with _RecordFunctionFast(label, shown, {}):
                 return method(self, *args, **kwargs)
 
-        return call
+        return seen(functools.wraps(method)(traced))
 
     return decorate
 
 
-def _tensors(argument: Any) -> Iterator[torch.Tensor]:
-    if isinstance(argument, torch.Tensor):
-        yield argument
-    elif isinstance(argument, list | tuple):
-        for each in argument:
-            yield from _tensors(each)
+def seen(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets torch's dispatcher see the calls of a method that it has to see."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if dispatch.is_seen(args):
+            return dispatch.send(self, name, method, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return call if hasattr(dist.ProcessGroup, name) else method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import sys
 import threading
@@ -15,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from paracomm import background
-from paracomm.comm.streams import SideStream, event_after
-from paracomm.errors import Timeout
+from paracomm.comm.streams import SideStream
+
+Tensors = list[torch.Tensor]
 
 
 def seconds(timeout: timedelta | None) -> float | None:
@@ -25,92 +27,109 @@ def seconds(timeout: timedelta | None) -> float | None:
     return value if value > 0 else None
 
 
-class Work(dist.Work):
-    """One call of a collective, a send or a receive: one or more operations of the core, and what follows them.
+class _Whole(dist.Work):
+    """A Work whose Python half lives as long as the half of C++.
 
-    No future is completed by the core's progress thread: callbacks run inside `set_result`, and may wait for other
-    operations.
+    torch's C++ may hold its half alone, as the reducer does for DistributedDataParallel.join. Without the Python half
+    no override is found, and c10d::Work::wait has no end. So a Python half that dies first is kept until nobody holds
+    the other (see _holders), or, where that cannot be seen, the last ones are.
+    """
+
+    def __del__(self) -> None:
+        with _kept_lock:
+            if _holders is None:
+                _last.append(self)
+                return
+            for work in [work for work in _kept if _holders(work) == 1]:
+                _kept.discard(work)
+            if _holders(self) > 1:
+                _kept.add(self)
+
+    def is_success(self) -> bool:
+        return self.is_completed() and self.exception() is None
+
+    def synchronize(self) -> None:
+        self.wait()
+
+
+class Work(_Whole):
+    """One call of a collective, a send or a receive: one or more operations of the core, which complete themselves.
+
+    Args:
+        parts: operations of the core, which have wait(timeout_s) and done().
+        value: what the future holds, or a function of it.
+        publisher: of the group's collectives; None: of a send, a receive or an exchange of such.
+        backward: of the group, if the reducer may have called.
     """
 
     def __init__(
         self,
         parts: Sequence[Any],
-        value: list[torch.Tensor],
-        finish: Callable[[], None] | None = None,
+        value: Callable[[], Tensors] | Tensors,
         publisher: Publisher | None = None,
-        overlaps: bool = False,
+        backward: Backward | None = None,
     ) -> None:
         super().__init__()
-        self._publisher = publisher  # of the group's collectives; None: a send, a receive or an exchange of such
-        self._overlaps = overlaps
-        self._parts = parts
-        self._value = value
-        self._finish = finish
-        self._waiting = threading.Lock()  # one thread waits and finishes; others wait for it
-        self._settled = False
-        self._error: BaseException | None = None
-        self._event: Any = None  # of tensors on a GPU, whose last steps are on a stream
+        self._parts, self._value = parts, value
+        self._publisher, self._backward = publisher, backward
         self._future: Any = None
-        if _FORGETFUL:
-            _unsettled.add(self)
 
     # torch's C++ calls these two through its trampoline, Python calls them all.
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Raises what the operation failed with, on every call."""
-        if not self._settled:
-            self._settle(seconds(timeout))
-        if self._error is not None:
-            raise self._error
-        if self._event is not None:  # another stream may have been the current one of whoever settled this
-            self._event.wait(torch.cuda.current_stream(self._event.device))
+        """Raises what the operation failed with, on every call. Any number of threads may wait."""
+        limit_s = seconds(timeout)
+        for part in self._parts:
+            part.wait(limit_s)
         return True
 
     def get_future(self) -> Any:
-        """A torch.futures.Future of the tensors.
+        """A torch.futures.Future of the tensors. Never waits, but where Python asks for it in a backward pass.
 
-        That of a collective is complete: this waits, and raises what the operation failed with. Callbacks then run in
-        the caller's thread, in the program's order, so that collectives which they start (as PowerSGD's do) come in
-        one order on all ranks; and on one host, where moving bytes costs processor time, nothing could be hidden
-        behind computing anyway. Between hosts torch's own reducer, whose callbacks start none, does not wait here.
+        There gradient hooks do, whose callbacks start collectives of their own (as PowerSGD's do). Callbacks that ran
+        on another thread would start them in another order on every rank.
         """
-        if self._publisher is None:
-            return self._later(Publisher())
-        if not self._settled and self._overlaps and not _called_from_python():
-            return self._later(self._publisher)
-        self.wait()
+        for_cpp = not called_from_python("get_future")
+        if not for_cpp and torch._C._current_graph_task_id() != -1:
+            self.wait()
         with _futures:
             if self._future is None:
-                self._future = future_of(self._value)
-                self._future.set_result(self._value)
+                # An exception that is set is a value to C++; one that a callback raises is a RuntimeError to Python.
+                trigger = future_of(self.value())
+                self._future = trigger.then(self._outcome) if for_cpp else trigger
+                promise = Promise(self, trigger, for_cpp)
+                if self.is_completed():
+                    promise.keep()
+                else:
+                    if for_cpp and self._backward is not None:
+                        self._backward.expect(promise)
+                    (self._publisher or Publisher()).put(promise)
             return self._future
 
-    def _later(self, publisher: Publisher) -> Any:
-        """The same, completed by another thread. To C++ and in `then` its error is a RuntimeError that quotes ours."""
-        with _futures:
-            if self._future is None:
-                # `set_exception` would be a value to C++; what a callback raises is an error to everybody.
-                trigger = future_of(self._value)
-                self._future = trigger.then(self._outcome)
-                publisher.put(self, trigger)
-            return self._future
+    def _outcome(self, done: Any) -> Tensors:
+        self.wait()
+        value: Tensors = done.value()
+        return value
+
+    def value(self) -> Tensors:
+        return self._value() if callable(self._value) else self._value
 
     def is_completed(self) -> bool:
-        return self._settled or all(part.done() for part in self._parts)
-
-    def is_success(self) -> bool:
-        return self.is_completed() and self.exception() is None
+        return all(part.done() for part in self._parts)
 
     def exception(self) -> BaseException | None:
-        if not self._settled and self.is_completed():
-            self._settle(None)
-        return self._error
+        return self.failure() if self.is_completed() else None
 
-    def result(self) -> list[torch.Tensor]:
-        self.wait()
-        return self._value
+    def failure(self) -> BaseException | None:
+        """What the operation failed with, once it is over, which this waits for."""
+        try:
+            self.wait()
+        except Exception as error:
+            return error
+        return None
 
-    def synchronize(self) -> None:
+    def result(self) -> Tensors:
         self.wait()
+        return self.value()
 
     def source_rank(self) -> int:
         """The rank that a receive got its message from; -1 for anything else."""
@@ -118,60 +137,28 @@ class Work(dist.Work):
 
     _source_rank = source_rank
 
-    def _settle(self, timeout_s: float | None) -> None:
-        """Returns when the operation is complete or has failed."""
-        if not self._waiting.acquire(timeout=-1 if timeout_s is None else timeout_s):
-            raise Timeout(f"the operation was not complete {timeout_s:g} s after wait() was called")
-        try:
-            if self._settled:
-                return
-            try:
-                for part in self._parts:
-                    part.wait(timeout_s)
-                if self._finish is not None:
-                    self._finish()
-                self._event = event_after(self._value)
-            except Exception as error:
-                self._error = error
-            self._settled = True
-            self._finish = None
-            if _FORGETFUL:
-                _unsettled.discard(self)
-                _settled_last.append(self)  # every tensor of a coalesced functional collective waits for the same Work
-        finally:
-            self._waiting.release()
 
-    def _outcome(self, done: Any) -> list[torch.Tensor]:
-        if self._error is not None:
-            raise self._error
-        value: list[torch.Tensor] = done.value()
-        return value
+class DeviceWork(_Whole):
+    """A call on tensors of a GPU. All of it is on streams; no method but `wait` with a timeout blocks the host. What
+    the operation fails with is raised by whoever asks after that, and by later calls."""
 
-
-class DeviceWork(dist.Work):
-    """A call on tensors of a GPU. All of it is on streams, `finish` on the side stream; no method but `wait` with a
-    timeout blocks the host. What the operation fails with is raised by whoever asks after that, and by later calls."""
-
-    def __init__(
-        self, part: Any, value: list[torch.Tensor], finish: Callable[[], None] | None, side: SideStream
-    ) -> None:
+    def __init__(self, parts: Sequence[Any], value: Callable[[], Tensors] | Tensors, side: SideStream) -> None:
         super().__init__()
-        self._part, self._value, self._side = part, value, side
+        self._parts, self._side = parts, side
         self._future: Any = None
-        with side.after(side.now(), part, value, finish) as ends:
-            part.wait()
-            if finish is not None:
-                finish()
+        with side.after(side.now(), parts, value) as ends:
+            for part in parts:
+                part.wait()
+            self._value = value() if callable(value) else value
         self._event = ends[0]
-        if _FORGETFUL:
-            _settled_last.append(self)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """The current stream waits; with a timeout, so does the host."""
         self._raise()
         limit_s = seconds(timeout)
         if limit_s is not None:
-            self._part.wait(limit_s)
+            for part in self._parts:
+                part.wait(limit_s)
         self._side.join(self._event)
         return True
 
@@ -188,19 +175,12 @@ class DeviceWork(dist.Work):
     def is_completed(self) -> bool:
         return self.exception() is not None or bool(self._event.query())
 
-    def is_success(self) -> bool:
-        return self.is_completed() and self.exception() is None
-
     def exception(self) -> BaseException | None:
-        error: BaseException | None = self._part.exception()
-        return error
+        return next((error for part in self._parts if (error := part.exception()) is not None), None)
 
-    def result(self) -> list[torch.Tensor]:
+    def result(self) -> Tensors:
         self.wait()
         return self._value
-
-    def synchronize(self) -> None:
-        self.wait()
 
     def source_rank(self) -> int:
         return -1
@@ -208,14 +188,71 @@ class DeviceWork(dist.Work):
     _source_rank = source_rank
 
     def _raise(self) -> None:
-        error = self.exception()
-        if error is not None:
+        if (error := self.exception()) is not None:
             raise error
 
 
-def future_of(value: list[torch.Tensor]) -> Any:
+def future_of(value: Tensors) -> Any:
     """A future for these tensors: it has to know of the GPUs where they are, to have streams wait for each other."""
     return torch.futures.Future(devices=sorted({tensor.device for tensor in value if tensor.is_cuda}, key=str))
+
+
+class Promise:
+    """A future, and the work that it waits for. Several threads may keep it; the first does."""
+
+    def __init__(self, work: Work, future: Any, for_cpp: bool) -> None:
+        self._work, self._future, self._for_cpp = work, future, for_cpp
+        self._kept = False
+
+    def settle(self) -> BaseException | None:
+        """Waits for the work; returns what it failed with."""
+        return self._work.failure()
+
+    def keep(self) -> None:
+        """Completes the future, whose callbacks run in this thread."""
+        error = self.settle()
+        with _promises:
+            if self._kept:
+                return
+            self._kept = True
+        if error is None or self._for_cpp:  # a callback raises it to C++
+            self._future.set_result(self._work.value())
+        else:
+            self._future.set_exception(error)
+
+
+class Backward:
+    """Futures that a backward pass has asked for.
+
+    At its end, before the reducer waits for them in C++, which would make a RuntimeError of each error, the thread of
+    the backward pass waits for their operations, helps to run them, and raises what they failed with.
+    """
+
+    def __init__(self) -> None:
+        self._promises: list[Promise] = []
+        self._task = -1
+        self._lock = threading.Lock()
+
+    def expect(self, promise: Promise) -> None:
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return
+        with self._lock:
+            self._promises.append(promise)
+            queued, self._task = self._task == task, task
+        if not queued:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        with self._lock:
+            promises, self._promises, self._task = self._promises, [], -1
+        errors = [promise.settle() for promise in promises]
+        for promise in promises:
+            promise.keep()
+        for error in errors:
+            if error is not None:
+                raise error
 
 
 class Publisher:
@@ -227,13 +264,13 @@ class Publisher:
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Work, Any]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Promise] = queue.SimpleQueue()
         self._lead = threading.Lock()
         self._count = threading.Lock()
         self._spare = 0  # threads that lead or wait for the lead
 
-    def put(self, work: Work, trigger: Any) -> None:
-        self._queue.put((work, trigger))
+    def put(self, promise: Promise) -> None:
+        self._queue.put(promise)
         self._provide()
 
     def _provide(self) -> None:
@@ -247,25 +284,26 @@ class Publisher:
         while True:
             with ExitStack() as stack:
                 with self._lead:
-                    work, trigger = self._queue.get()
+                    promise = self._queue.get()
                     stack.enter_context(background.busy())
-                    work._settle(None)
+                    promise.settle()
                     with self._count:
                         self._spare -= 1
                 if not self._queue.empty():
                     self._provide()
                 try:
-                    trigger.set_result(work._value)
+                    promise.keep()
                 finally:
-                    del work, trigger
+                    del promise
             with self._count:
                 self._spare += 1
 
 
-def _called_from_python() -> bool:
-    """Whether Python code called `get_future`; if torch's C++ did, the last frame is of whoever called that."""
+def called_from_python(method: str) -> bool:
+    """Whether Python code called `method` of the caller's; where torch's C++ did, the last frame is of whoever called
+    that, or there is none."""
     try:
-        return "get_future" in sys._getframe(2).f_code.co_names
+        return method in sys._getframe(2).f_code.co_names
     except ValueError:  # a thread of C++
         return False
 
@@ -295,6 +333,8 @@ class Past:
     def __init__(self, source: int = -1) -> None:
         self.source = source
 
+    joins = False
+
     def wait(self, timeout_s: float | None = None) -> None:
         pass
 
@@ -302,9 +342,30 @@ class Past:
         return True
 
 
-# torch 2.6 lets the Python half of a Work go while C++ holds the other, and then waits without end; 2.13 keeps it.
-_FORGETFUL = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-_unsettled: set[Work] = set()
-_settled_last: deque[dist.Work] = deque(maxlen=16)
-_futures = threading.Lock()
+def _count_of_holders() -> Callable[[Any], int] | None:
+    """A function that counts who holds the C++ half of a Work, its Python half included. None: this torch's objects
+    look otherwise.
+
+    torch has no call for that. An object of pybind11 begins, after Python's header, with the pointer to its C++ half; a
+    c10::intrusive_ptr_target begins with a table of functions and the count.
+    """
+
+    def holders(work: Any) -> int:
+        half = ctypes.c_size_t.from_address(id(work) + object.__basicsize__).value
+        return ctypes.c_uint32.from_address(half + ctypes.sizeof(ctypes.c_void_p)).value
+
+    probe = type("Probe", (dist.Work,), {})()
+    if not hasattr(probe, "boxed"):
+        return None
+    alone = holders(probe)
+    boxes = [probe.boxed() for _ in range(3)]
+    together = holders(probe)
+    del boxes
+    return holders if (alone, together, holders(probe)) == (1, 4, 1) else None
+
+
+_holders = _count_of_holders()
+_kept: set[Any] = set()
+_last: deque[Any] = deque(maxlen=16)
+_kept_lock, _futures, _promises = threading.RLock(), threading.RLock(), threading.Lock()
 COMPLETED = _Completed()

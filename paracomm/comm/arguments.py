@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from paracomm import _C
-from paracomm.comm.arrays import DTYPE_NAMES, View, assign, empty_like
-from paracomm.comm.device import name_of
+from paracomm.comm.arrays import DTYPE_NAMES, MOST_ELEMENTS, View, assign, empty_like, name_of, view
 from paracomm.errors import InvalidArgument
 
 LONGEST_S = 1e9
@@ -33,7 +32,7 @@ def seconds(what: str, value: Any) -> float:
 
 def op_code(op: str) -> int:
     """The core's number of a reduction."""
-    code = _C.REDUCE_OPS.get(op)
+    code = _C.REDUCE_OPS.get(op) if isinstance(op, str) else None
     if code is None:
         raise InvalidArgument(f"unknown reduction {op!r}: expected one of {', '.join(_C.REDUCE_OPS)}")
     return int(code)
@@ -48,12 +47,54 @@ def copy_of(x: Any) -> Any:
 
 def overlap(v: View, w: View) -> bool:
     """Whether two arrays share memory."""
-    return v.address < w.address + w.nbytes and w.address < v.address + v.nbytes
+    return v.device == w.device and v.address < w.address + w.nbytes and w.address < v.address + v.nbytes
 
 
-def need_rows(what: str, x: Any) -> None:
+def apart(source: Any, v: View, w: View, at: int | None = None) -> tuple[Any, View]:
+    """The input of an operation whose output is `w`, or a copy of it where the two share memory.
+
+    Args:
+        at: bytes from the start of the output to that of an input that may lie in it, or before it; None: there is no
+            such place.
+    """
+    if not overlap(v, w) or (at is not None and v.address == w.address + at):
+        return source, v
+    source = copy_of(source)
+    return source, view(source)
+
+
+def rank_of(what: str, value: Any, world_size: int) -> int:
+    """A rank. Raises InvalidArgument for anything but a whole number in range."""
+    if not _is_whole(value) or not 0 <= value < world_size:
+        raise InvalidArgument(f"{what} must be in 0..{world_size - 1}, got {value!r}")
+    return int(value)
+
+
+def whole(what: str, value: Any, low: int, high: int) -> int:
+    """Raises InvalidArgument for anything but a whole number in `low`..`high`."""
+    if not _is_whole(value) or not low <= value <= high:
+        raise InvalidArgument(f"{what} must be a whole number in {low}..{high}, got {value!r}")
+    return int(value)
+
+
+def block_rows(what: str, values: Any, world_size: int) -> list[int]:
+    """The rows of every rank's block. Raises InvalidArgument for anything but a whole number, not negative, a rank."""
+    try:
+        rows = list(values)
+    except TypeError:
+        rows = []
+    if len(rows) != world_size or not all(_is_whole(row) and 0 <= row < MOST_ELEMENTS for row in rows):
+        raise InvalidArgument(f"{what} must be {world_size} whole numbers, none negative, one a rank; got {values!r}")
+    return [int(row) for row in rows]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def need_rows(what: str, shape: Sequence[int]) -> None:
     """Raises InvalidArgument for an array without dimensions."""
-    if not len(x.shape):
+    if not len(shape):
         raise InvalidArgument(f"{what}: x needs at least one dimension")
 
 

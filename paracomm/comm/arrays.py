@@ -1,11 +1,16 @@
-"""Memory of arrays on the CPU and on GPUs, and new arrays of the same kind, for torch, NumPy, CuPy and DLPack alike."""
+"""Memory of arrays on the CPU and on GPUs, and new arrays of the same kind, for torch, NumPy, CuPy and DLPack alike.
+
+Every array of a caller passes here once, on its way in: `native` says which object has its memory, `known` in which
+dtype the core moves it, `view` where its elements are. What refuses an array does so before anything is sent.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,8 @@ from paracomm.errors import InvalidArgument
 
 HOST = -1
 """In place of a GPU's number: memory of the CPU."""
+MOST_ELEMENTS = 1 << 47
+"""Of an array: what a process can address."""
 DTYPE_NAMES = {code: name for name, code in _C.DTYPES.items()}
 
 
@@ -31,6 +38,10 @@ class View:
     """The GPU's number, as CUDA counts in this process."""
     stream: int | None = None
     """Of a GPU: the elements are there for what comes next on this stream; None: on its library's current one."""
+    lazy: bool = False
+    """torch shows the negative of what lies in memory. Then it is not contiguous either."""
+    distinct: bool = True
+    """No two elements share memory."""
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +61,11 @@ def host_view(array: Any) -> View:
     return found
 
 
+def name_of(index: int) -> str:
+    """ "cuda:1", or "the CPU"."""
+    return "the CPU" if index == HOST else f"cuda:{index}"
+
+
 def is_torch(array: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
@@ -60,9 +76,51 @@ def is_cupy(array: Any) -> bool:
     return cupy is not None and isinstance(array, cupy.ndarray)
 
 
+class Several:
+    """Arrays of one dtype and device that stand for one array of all their elements, one after the other."""
+
+    def __init__(self, arrays: Sequence[Any]) -> None:
+        self.arrays = [native(array) for array in arrays]
+        first = known(self.arrays[0])
+        for array in self.arrays:
+            if array.dtype != self.arrays[0].dtype or view(known(array)).device != view(first).device:
+                found = f"{array.dtype} and {self.arrays[0].dtype}"
+                raise InvalidArgument(f"arrays of {found} in one operation, expected one dtype and device")
+        self.counts = [view(known(array)).count for array in self.arrays]
+
+    def joined(self) -> Any:
+        """One flat array over the memory of all, if they lie back to back in one storage, as the chunks of a torch
+        tensor do. None: they do not."""
+        first = self.arrays[0]
+        if not is_torch(first) or any(map(is_lazy, self.arrays)):
+            return None
+        storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+        for array in self.arrays:
+            if not view(known(array)).contiguous or array.untyped_storage().data_ptr() != storage:
+                return None
+            if array.numel() and array.storage_offset() != offset:
+                return None
+            offset += array.numel()
+        count = offset - first.storage_offset()
+        return first.detach().as_strided((count,), (1,))
+
+    def packed(self) -> Any:
+        """All elements in one dimension: over the same memory if they lie so, otherwise a copy."""
+        whole = self.joined()
+        if whole is not None:
+            return whole
+        flat = [contiguous(array).reshape(-1) for array in self.arrays]
+        return sys.modules["torch"].cat(flat) if is_torch(flat[0]) else np.concatenate(flat)
+
+
 def native(array: Any) -> Any:
-    """The array itself if it is torch's, NumPy's or CuPy's, otherwise one of theirs over the same memory."""
-    if is_torch(array) or isinstance(array, np.ndarray) or is_cupy(array):
+    """The array itself if it is torch's, NumPy's or CuPy's, otherwise one of theirs over the same memory.
+
+    torch's AsyncCollectiveTensor is waited for and unwrapped.
+    """
+    if is_torch(array):
+        return array.trigger_wait() if type(array).__name__ == "AsyncCollectiveTensor" else array.detach()
+    if isinstance(array, np.ndarray) or is_cupy(array):
         return array
     found = view(array)  # refuses what is no array
     if found.device != HOST:
@@ -83,6 +141,50 @@ def _native_on_gpu(array: Any, device: int) -> Any:
     raise InvalidArgument(f"a {type(array).__name__} on cuda:{device}: import torch or cupy first, which wraps it")
 
 
+def known(array: Any) -> Any:
+    """A view of the array in a dtype that the core knows: complex numbers as pairs, what has one byte as uint8.
+
+    Raises:
+        InvalidArgument: there is none.
+    """
+    if is_torch(array):
+        torch = sys.modules["torch"]
+        if _name(array.dtype) in _C.DTYPES or array.layout is not torch.strided or array.is_quantized:
+            return array
+        if array.is_complex():
+            return torch.view_as_real(array.conj() if array.is_conj() else array)
+        return array.view(torch.uint8) if array.itemsize == 1 else array
+    if array.dtype.kind != "c":
+        return array
+    pairs = np if isinstance(array, np.ndarray) else sys.modules["cupy"]
+    half = array.itemsize // 2
+    return pairs.lib.stride_tricks.as_strided(array.real, (*array.shape, 2), (*array.strides, half))
+
+
+def need_reducible(what: str, array: Any, op: str) -> None:
+    """Raises InvalidArgument where the core moves an array as something else than the numbers that it holds."""
+    first = array.arrays[0] if isinstance(array, Several) else array
+    dtype = _name(first.dtype)
+    if dtype in _C.DTYPES or (dtype.startswith("complex") and op in ("sum", "avg")):
+        return
+    raise InvalidArgument(f"{what}: {op} is not defined for {dtype}")
+
+
+def _name(dtype: Any) -> str:
+    """ "float32", of torch's or NumPy's."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_lazy(array: Any) -> bool:
+    """Whether torch shows the conjugate or the negative of what lies in memory."""
+    return is_torch(array) and (array.is_conj() or array.is_neg())
+
+
+def held(arrays: Iterable[Any]) -> list[Any]:
+    """What keeps the arrays' memory, whatever is done to the arrays meanwhile."""
+    return [array.untyped_storage() for array in arrays if is_torch(array)]
+
+
 def empty_like(array: Any, shape: Sequence[int]) -> Any:
     """An uninitialised contiguous array of the same library (torch, NumPy or CuPy), dtype and device."""
     if is_torch(array):
@@ -95,7 +197,9 @@ def empty_like(array: Any, shape: Sequence[int]) -> Any:
 
 def contiguous(array: Any) -> Any:
     """The array itself if its elements lie back to back in row-major order, otherwise a copy that does so."""
-    if view(array).contiguous:
+    if is_lazy(array):
+        array = array.resolve_conj().resolve_neg()
+    if view(known(array)).contiguous:
         return array
     if is_torch(array):
         return array.contiguous()
@@ -112,11 +216,13 @@ def host_copy(array: Any) -> Any:
     return host
 
 
-def host_room(array: Any) -> Any:
-    """Uninitialised host memory of the shape and dtype of a GPU's array: torch's (pinned) or NumPy's."""
+def host_room(array: Any, shape: Sequence[int] | None = None) -> Any:
+    """Uninitialised host memory of the dtype and, unless it is given, the shape of a GPU's array: torch's (pinned) or
+    NumPy's."""
+    shape = array.shape if shape is None else shape
     if is_torch(array):
-        return sys.modules["torch"].empty(array.shape, dtype=array.dtype, pin_memory=True)
-    return np.empty(array.shape, array.dtype)
+        return sys.modules["torch"].empty(shape, dtype=array.dtype, pin_memory=True)
+    return np.empty(shape, array.dtype)
 
 
 def assign(target: Any, source: Any) -> None:
@@ -124,7 +230,8 @@ def assign(target: Any, source: Any) -> None:
     if is_torch(target):
         import torch
 
-        with torch.no_grad():
+        # The mode of the caller's thread is not that of the thread that completes an operation.
+        with torch.inference_mode() if target.is_inference() else torch.no_grad():
             target.copy_(source)
     elif is_cupy(target) and isinstance(source, np.ndarray):
         target[...] = sys.modules["cupy"].asarray(source)
@@ -132,9 +239,29 @@ def assign(target: Any, source: Any) -> None:
         target[...] = source
 
 
+def unpack(packed: Any, arrays: Sequence[Any]) -> None:
+    """Copies the parts of a flat array into the arrays, whatever their strides are."""
+    if len(arrays) == 1:
+        return assign(arrays[0], packed)
+    begin = 0
+    for array in arrays:
+        count = math.prod(array.shape)
+        assign(array, packed[begin : begin + count].reshape(array.shape))
+        begin += count
+
+
+def _is_length(n: Any) -> bool:
+    return not isinstance(n, bool) and isinstance(n, Integral) and int(n) >= 0
+
+
 def arena_array(shape: int | Sequence[int], dtype: Any, like: str | None) -> Any:
     """A zeroed array whose pages local peers have mapped."""
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    lengths: tuple[Any, ...] = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    if not all(_is_length(n) for n in lengths):
+        raise InvalidArgument(f"shape must be whole numbers, none negative, got {shape!r}")
+    if math.prod(lengths) >= MOST_ELEMENTS:
+        raise InvalidArgument(f"an array of shape {shape!r} is larger than memory can be")
+    shape = tuple(int(n) for n in lengths)
     if like not in (None, "torch", "numpy"):
         raise InvalidArgument(f"like must be 'torch' or 'numpy', got {like!r}")
     torch = sys.modules.get("torch")
@@ -145,11 +272,19 @@ def arena_array(shape: int | Sequence[int], dtype: Any, like: str | None) -> Any
     count = math.prod(shape)
     if as_torch:
         assert torch is not None
+        asked = dtype
         dtype = torch.float32 if dtype is None else dtype
         if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+            dtype = getattr(torch, dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise InvalidArgument(f"dtype must be one of torch's, got {asked!r}")
         pages = _C.Arena.process().allocate(max(1, count * dtype.itemsize))
         return torch.from_numpy(pages)[: count * dtype.itemsize].view(dtype).reshape(shape)
-    kind = np.dtype(np.float32 if dtype is None else dtype)
+    try:
+        kind = np.dtype(np.float32 if dtype is None else dtype)
+    except TypeError as error:
+        raise InvalidArgument(f"dtype must be one of NumPy's or torch's, got {dtype!r}: {error}") from None
+    if kind.hasobject:
+        raise InvalidArgument(f"dtype must be of numbers, got {dtype!r}")
     pages = _C.Arena.process().allocate(max(1, count * kind.itemsize))
     return pages[: count * kind.itemsize].view(kind).reshape(shape)

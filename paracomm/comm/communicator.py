@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import json
 import math
@@ -12,19 +11,35 @@ from typing import Any
 
 import numpy as np
 
-from paracomm import _C, background
+from paracomm import _C, _auto, background
 from paracomm.comm import device, programs, spans
-from paracomm.comm.arguments import block_shape, copy_of, need_rows, need_same, op_code, overlap
+from paracomm.comm.arguments import (
+    apart,
+    block_rows,
+    block_shape,
+    need_rows,
+    need_same,
+    op_code,
+    rank_of,
+    seconds,
+    whole,
+)  # fmt: skip
 from paracomm.comm.arrays import (
     HOST,
+    Several,
     View,
     arena_array,
-    assign,
     contiguous,
     empty_like,
+    held,
     host_copy,
     host_room,
+    is_lazy,
+    known,
+    name_of,
     native,
+    need_reducible,
+    unpack,
     view,
 )  # fmt: skip
 from paracomm.comm.device import Device, Lane
@@ -37,11 +52,14 @@ _SUM = _C.REDUCE_OPS["sum"]
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-@atexit.register
-def _close_all() -> None:
+def close_all() -> None:
+    """At exit."""
     for comm in list(_open):
         comm.close()
     background.wait_until_idle()
+
+
+_auto.close_at_exit()
 
 
 class Communicator:
@@ -106,11 +124,11 @@ class Communicator:
 
     def transport(self, peer: int) -> str:
         """ "shm", "tcp", "local" or "self": how this rank reaches `peer`."""
-        return str(self._core.transport(peer))
+        return str(self._core.transport(rank_of("transport: peer", peer, self.world_size)))
 
     def bytes_sent(self, peer: int) -> int:
         """Bytes of payload sent to `peer` so far."""
-        return int(self._core.bytes_sent(peer))
+        return int(self._core.bytes_sent(rank_of("bytes_sent: peer", peer, self.world_size)))
 
     def seconds_waiting(self) -> float:
         """Seconds that collectives spent waiting for peers so far."""
@@ -178,8 +196,6 @@ class Communicator:
         self, collective: str, root: int | None, found: View | None, nbytes: int, algorithm: str | Schedule | None
     ) -> tuple[int, Lane | None]:
         """The program of a call whose array is `found`, and the lane of the device that it runs on, if it does."""
-        if root is not None and not 0 <= root < self.world_size:
-            raise InvalidArgument(f"{collective}: root must be in 0..{self.world_size - 1}, got {root}")
         lane = self._lane(found) if self._emulates or (found is not None and found.device != HOST) else None
         if algorithm is None:
             choose = self._choose if lane is None else self._choose_on_device
@@ -187,6 +203,8 @@ class Communicator:
         if isinstance(algorithm, str):
             params = {"hosts": self.host_indices} if algorithm in ("hierarchical", "ordered") else {}
             algorithm = build(collective, algorithm, self.world_size, root, **params)
+        if not isinstance(algorithm, Schedule):
+            raise InvalidArgument(f"{collective}: algorithm must be a name or a Schedule, got {algorithm!r}")
         if algorithm.collective != collective:
             raise InvalidArgument(f"{collective} was given a schedule of {algorithm.collective}")
         return self._program(algorithm), lane
@@ -198,7 +216,7 @@ class Communicator:
         largest_block: int = 0,
     ) -> Any:  # fmt: skip
         program, lane = chosen
-        limit = -1.0 if timeout_s is None else float(timeout_s)
+        limit = seconds("timeout_s", timeout_s)
         arguments = (program, source, target, count, dtype, op, limit, list(blocks), list(output_blocks), largest_block)
         label: spans.Label | None = spans.EARLIER
         if record.current is not None:
@@ -206,8 +224,9 @@ class Communicator:
             label = self._label(operation, (count or sum(blocks)) * _C.item_size(dtype), algorithm=algorithm)
         if lane is not None:
             return lane.device.run(lane, arguments, async_op, result, keep, finish, label)
+        keep = (*keep, *held(keep))  # also while this waits: another thread may take the memory away
         if async_op:
-            return self._launch(self._core.submit(*arguments), result, keep, finish, label)
+            return self._launch(self._core.submit(*arguments, finish=finish), result, keep, label)
         if label is None or label is spans.EARLIER:
             self._core.run(*arguments)
         else:
@@ -234,10 +253,7 @@ class Communicator:
             return None
         return {"axis": self.name or spans.WORLD, "operation": operation, "bytes": nbytes, **details}
 
-    def _launch(
-        self, core: _C.Work, result: Any, keep: tuple[Any, ...], finish: Callable[[], None] | None,
-        label: spans.Label | None,
-    ) -> Work:  # fmt: skip
+    def _launch(self, core: _C.Work, result: Any, keep: tuple[Any, ...], label: spans.Label | None) -> Work:
         # A Work may be dropped before it is complete (DistributedDataParallel.join does so); the core then still has
         # the memory in use.
         if len(self._in_flight) >= self._sweep_at:
@@ -247,44 +263,71 @@ class Communicator:
         self._in_flight.append((core, kept))
         if label is not None and label is not spans.EARLIER:
             spans.launched(core, label)
-        return Work(core, result, kept, finish, label)
+        return Work(core, result, kept, label)
 
     # --- memory of calls ---
-    def _readable(self, x: Any, staged: bool = False) -> tuple[Any, View]:
-        """Contiguous memory with x's elements, which operations can read; `staged`: on the host."""
-        source = contiguous(native(x))
+    def _readable(self, what: str, x: Any, op: str | None = None, staged: bool = False) -> tuple[Any, View]:
+        """Contiguous memory with x's elements, which operations can read.
+
+        Args:
+            x: an array or Several.
+            op: of a reduction.
+            staged: on the host.
+        """
+        whole = x if isinstance(x, Several) else native(x)
+        if op is not None:
+            need_reducible(what, whole, op)
+        source = known(contiguous(whole.packed() if isinstance(whole, Several) else whole))
         v = view(source)
         if v.device != HOST and (staged or self._stages(v)):
             source = host_copy(source)
             v = view(source)
         return source, v
 
-    def _writable(self, x: Any, staged: bool = False) -> tuple[Any, View, Callable[[], None] | None]:
-        """Contiguous memory for x's elements, which operations can write, and what puts them into x in the end."""
-        found = view(x)
-        if not found.writable:
-            raise InvalidArgument("the output array is read-only")
-        staged = found.device != HOST and (staged or self._stages(found))
-        if found.contiguous and not staged:
-            return x, found, None
-        whole = native(x)
-        target = host_room(whole) if staged else empty_like(whole, whole.shape)
-        return target, view(target), lambda: assign(whole, target)
+    def _writable(
+        self, what: str, x: Any, staged: bool = False, filled: bool = False
+    ) -> tuple[Any, View, Callable[[], None] | None]:
+        """Contiguous memory for x's elements, which operations can write, and what puts them into x in the end.
 
-    def _write_back(self, x: Any, source: Any, v: View) -> Callable[[], None] | None:
-        """What puts `source`, which is x's memory or a copy of it, into x in the end."""
-        found = view(x)
-        if not found.writable:
-            raise InvalidArgument("the array is read-only, so the result cannot be put into it")
-        if found.contiguous and found.device == v.device:
-            return None
-        return lambda: assign(native(x), source)
+        Args:
+            x: an array or Several.
+            filled: the memory holds x's elements at the start.
+        """
+        whole = x
+        if isinstance(x, Several) and (joined := x.joined()) is not None:
+            whole = joined
+        parts = whole.arrays if isinstance(whole, Several) else [native(whole)]
+        views = [view(known(part)) for part in parts]
+        for found in views:
+            if not found.writable:
+                raise InvalidArgument(f"{what}: the output array is read-only")
+            if not found.distinct:
+                raise InvalidArgument(
+                    f"{what}: elements of the array share memory (a stride is 0, or smaller than what it steps over), "
+                    "so that no result can be put into it; pass a contiguous copy"
+                )
+        on_host = views[0].device == HOST
+        staged = not on_host and (staged or self._stages(views[0]))
+        if len(parts) == 1 and views[0].contiguous and not staged:
+            return known(parts[0]), views[0], None
+        if filled:
+            target = contiguous(parts[0]) if len(parts) == 1 else Several(parts).packed()
+            target = host_copy(target) if staged else target
+        else:
+            shape = parts[0].shape if len(parts) == 1 else (sum(math.prod(part.shape) for part in parts),)
+            target = host_room(parts[0], shape) if staged else empty_like(parts[0], shape)
+        w = view(known(target))
+        if on_host and not any(map(is_lazy, parts)):
+            offsets = itertools.accumulate((v.nbytes for v in views), initial=0)
+            rows = [(o, known(part), 0, v.count) for o, part, v in zip(offsets, parts, views, strict=False)]
+            return target, w, _C.Unpack(w.address, rows)
+        return target, w, lambda: unpack(target, parts)
 
     def _stages(self, found: View) -> bool:
         """Whether an array on a GPU has to be copied to the host first."""
         if self._mode == "emulated":
             raise InvalidArgument(
-                f"the array is on {device.name_of(found.device)}, and PARACOMM_DEVICE is 'emulated': the emulated "
+                f"the array is on {name_of(found.device)}, and PARACOMM_DEVICE is 'emulated': the emulated "
                 "GPUs' memory is the CPU's"
             )
         return self.use_device(found.device) is None
@@ -327,26 +370,36 @@ class Communicator:
         if plain and self.fast_all_reduce(x, op, out):
             return x if out is None else out
         code = op_code(op)
-        source, v = self._readable(x)
-        target, w, finish = (source, v, self._write_back(x, source, v)) if out is None else self._writable(out)
-        need_same("all_reduce", v, w, v.count)
+        source, v, target, w, finish = self._reduced_into("all_reduce", x, op, out)
         program = self._select("all_reduce", None, v, v.nbytes, algorithm)
-        result = x if out is None else out
-        return self._run(program, v.address, w.address, v.count, v.dtype, code, timeout_s, async_op, result,
-                         (source, target, x, out), finish)  # fmt: skip
+        return self._run(program, v.address, w.address, v.count, v.dtype, code, timeout_s, async_op,
+                         x if out is None else out, (source, target, x, out), finish)  # fmt: skip
+
+    def _reduced_into(self, what: str, x: Any, op: str, out: Any) -> tuple[Any, View, Any, View, Any]:
+        """Input and output of a reduction of x: into `out` or, without it, into x."""
+        if out is None:
+            need_reducible(what, x if isinstance(x, Several) else native(x), op)
+            target, w, finish = self._writable(what, x, filled=True)
+            return target, w, target, w, finish
+        source, v = self._readable(what, x, op)
+        target, w, finish = self._writable(what, out)
+        need_same(what, v, w, v.count)
+        source, v = apart(source, v, w, 0)
+        return source, v, target, w, finish
 
     def reduce(
         self, x: Any, root: int = 0, op: str = "sum", *, out: Any = None, async_op: bool = False,
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """The reduction of every rank's x on the root: into `out` or, without it, the root's x. Others keep theirs."""
-        source, v = self._readable(x)
-        program = self._select("reduce", root, v, v.nbytes, algorithm)
+        root, code = rank_of("reduce: root", root, self.world_size), op_code(op)
         if self.rank != root:
-            return self._run(program, v.address, 0, v.count, v.dtype, op_code(op), timeout_s, async_op, x, (source, x))
-        target, w, finish = (source, v, self._write_back(x, source, v)) if out is None else self._writable(out)
-        need_same("reduce", v, w, v.count)
-        return self._run(program, v.address, w.address, v.count, v.dtype, op_code(op), timeout_s, async_op,
+            source, v = self._readable("reduce", x, op)
+            program = self._select("reduce", root, v, v.nbytes, algorithm)
+            return self._run(program, v.address, 0, v.count, v.dtype, code, timeout_s, async_op, x, (source, x))
+        source, v, target, w, finish = self._reduced_into("reduce", x, op, out)
+        program = self._select("reduce", root, v, v.nbytes, algorithm)
+        return self._run(program, v.address, w.address, v.count, v.dtype, code, timeout_s, async_op,
                          x if out is None else out, (source, target, x, out), finish)  # fmt: skip
 
     def broadcast(
@@ -354,9 +407,13 @@ class Communicator:
         timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """Overwrites x on every rank with the root's."""
-        source, v = self._readable(x)
+        root = rank_of("broadcast: root", root, self.world_size)
+        finish = None
+        if self.rank == root:
+            source, v = self._readable("broadcast", x)
+        else:
+            source, v, finish = self._writable("broadcast", x)
         program = self._select("broadcast", root, v, v.nbytes, algorithm)
-        finish = None if self.rank == root else self._write_back(x, source, v)
         return self._run(program, v.address, v.address, v.count, v.dtype, _SUM, timeout_s, async_op, x, (source, x),
                          finish)  # fmt: skip
 
@@ -365,14 +422,19 @@ class Communicator:
         timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """Every rank's x, stacked: [world_size, *x.shape] (or `out`, of as many elements; x may be its own block)."""
-        source, v = self._readable(x)
+        source, v = self._readable("all_gather", x)
         if out is None:
-            out = empty_like(native(x), (self.world_size, *source.shape))
-        target, w, finish = self._writable(out)
+            out = self._stack_of(x)
+        target, w, finish = self._writable("all_gather", out)
         need_same("all_gather", v, w, v.count * self.world_size)
+        source, v = apart(source, v, w, self.rank * v.nbytes)
         program = self._select("all_gather", None, v, w.nbytes, algorithm)
         return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
                          (source, target, x, out), finish)  # fmt: skip
+
+    def _stack_of(self, x: Any) -> Any:
+        whole = native(x)
+        return empty_like(whole, (self.world_size, *whole.shape))
 
     def all_gather_v(
         self, x: Any, *, out: Any = None, rows: Sequence[int] | None = None, async_op: bool = False,
@@ -383,19 +445,36 @@ class Communicator:
         Args:
             rows: every rank's x.shape[0]; None: they are exchanged first.
         """
-        source, v = self._readable(x)
-        need_rows("all_gather_v", source)
-        rows = self._rows(source.shape[0]) if rows is None else list(rows)
-        width = math.prod(source.shape[1:])
-        if len(rows) != self.world_size or rows[self.rank] != source.shape[0]:
-            raise InvalidArgument(f"all_gather_v: rows {rows} do not fit {tuple(source.shape)} on rank {self.rank}")
-        if out is None:
-            out = empty_like(native(x), (sum(rows), *source.shape[1:]))
-        target, w, finish = self._writable(out)
-        need_same("all_gather_v", v, w, sum(rows) * width)
+        what = "all_gather_v"
+        seconds("timeout_s", timeout_s)
+        source, v = self._readable(what, x)
+        whole_x = native(x)
+        need_rows(what, whole_x.shape)
+        mine, width = int(whole_x.shape[0]), math.prod(source.shape[1:])
+        made = self._made(what, v, out)
+        if rows is None:
+            rows = self._rows(what, mine, None if made is None else made[1].count // max(1, width))
+        rows = block_rows(f"{what}: rows", rows, self.world_size)
+        if rows[self.rank] != mine:
+            raise InvalidArgument(f"{what}: rows {rows} do not fit {tuple(whole_x.shape)} on rank {self.rank}")
+        if made is None:
+            out = empty_like(whole_x, (sum(rows), *whole_x.shape[1:]))
+            made = self._writable(what, out)
+        target, w, finish = made
+        need_same(what, v, w, sum(rows) * width)
+        blocks = [row * width for row in rows]
+        source, v = apart(source, v, w, sum(blocks[: self.rank]) * int(_C.item_size(v.dtype)))
         program = self._select("all_gather", None, v, w.nbytes, algorithm)
         return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
-                         (source, target, x, out), finish, blocks=[r * width for r in rows])  # fmt: skip
+                         (source, target, x, out), finish, blocks=blocks)  # fmt: skip
+
+    def _made(self, what: str, v: View, out: Any) -> tuple[Any, View, Any] | None:
+        """The caller's output, whose number of rows is looked at later; None: it is to be made here."""
+        if out is None:
+            return None
+        made = self._writable(what, out)
+        need_same(what, v, made[1], made[1].count)
+        return made
 
     def reduce_scatter(
         self, x: Any, op: str = "sum", *, out: Any = None, async_op: bool = False,
@@ -404,15 +483,18 @@ class Communicator:
         """This rank's block of the reduction of every rank's x, which is cut into world_size equal blocks along
         dimension 0: [x.shape[0] / world_size, ...] (or `out`, of as many elements; it may be x's own block). x is kept
         otherwise."""
-        source, v = self._readable(x)
+        code = op_code(op)
+        source, v = self._readable("reduce_scatter", x, op)
         if v.count % self.world_size:
             raise InvalidArgument(f"reduce_scatter: {v.count} elements are not {self.world_size} equal blocks")
         if out is None:
-            out = empty_like(native(x), block_shape("reduce_scatter", source.shape, self.world_size))
-        target, w, finish = self._writable(out)
+            whole_x = native(x)
+            out = empty_like(whole_x, block_shape("reduce_scatter", whole_x.shape, self.world_size))
+        target, w, finish = self._writable("reduce_scatter", out)
         need_same("reduce_scatter", v, w, v.count // self.world_size)
+        source, v = apart(source, v, w, -self.rank * w.nbytes)
         program = self._select("reduce_scatter", None, v, v.nbytes, algorithm)
-        return self._run(program, v.address, w.address, v.count, v.dtype, op_code(op), timeout_s, async_op, out,
+        return self._run(program, v.address, w.address, v.count, v.dtype, code, timeout_s, async_op, out,
                          (source, target, x, out), finish)  # fmt: skip
 
     def reduce_scatter_v(
@@ -420,18 +502,22 @@ class Communicator:
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """Like reduce_scatter with blocks of rows[r] rows for rank r."""
-        source, v = self._readable(x)
-        need_rows("reduce_scatter_v", source)
-        rows, width = list(rows), math.prod(source.shape[1:])
-        if len(rows) != self.world_size or sum(rows) != source.shape[0]:
-            raise InvalidArgument(f"reduce_scatter_v: rows {rows} do not fit x of shape {tuple(source.shape)}")
+        what, code = "reduce_scatter_v", op_code(op)
+        source, v = self._readable(what, x, op)
+        shape = _shape_of(x)
+        need_rows(what, shape)
+        rows, width = block_rows(f"{what}: rows", rows, self.world_size), math.prod(source.shape[1:])
+        if sum(rows) != shape[0]:
+            raise InvalidArgument(f"{what}: rows {rows} do not fit x of shape {shape}")
         if out is None:
-            out = empty_like(native(x), (rows[self.rank], *source.shape[1:]))
-        target, w, finish = self._writable(out)
-        need_same("reduce_scatter_v", v, w, rows[self.rank] * width)
+            out = empty_like(native(x), (rows[self.rank], *shape[1:]))
+        target, w, finish = self._writable(what, out)
+        need_same(what, v, w, rows[self.rank] * width)
+        blocks = [row * width for row in rows]
+        source, v = apart(source, v, w, -sum(blocks[: self.rank]) * int(_C.item_size(v.dtype)))
         program = self._select("reduce_scatter", None, v, v.nbytes, algorithm)
-        return self._run(program, v.address, w.address, v.count, v.dtype, op_code(op), timeout_s, async_op, out,
-                         (source, target, x, out), finish, blocks=[r * width for r in rows])  # fmt: skip
+        return self._run(program, v.address, w.address, v.count, v.dtype, code, timeout_s, async_op, out,
+                         (source, target, x, out), finish, blocks=blocks)  # fmt: skip
 
     def all_to_all(
         self, x: Any, *, out: Any = None, async_op: bool = False, algorithm: str | Schedule | None = None,
@@ -439,16 +525,15 @@ class Communicator:
     ) -> Any:  # fmt: skip
         """x is cut into world_size equal blocks along dimension 0 and block r goes to rank r; the result (shape of x,
         or `out`) holds what came from rank r in block r."""
-        source, v = self._readable(x)
+        source, v = self._readable("all_to_all", x)
         if v.count % self.world_size:
             raise InvalidArgument(f"all_to_all: {v.count} elements do not divide into {self.world_size} equal blocks")
         if out is None:
-            out = empty_like(native(x), source.shape)
-        target, w, finish = self._writable(out)
+            whole_x = native(x)
+            out = empty_like(whole_x, whole_x.shape)
+        target, w, finish = self._writable("all_to_all", out)
         need_same("all_to_all", v, w, v.count)
-        if overlap(v, w):
-            source = copy_of(source)
-            v = view(source)
+        source, v = apart(source, v, w)
         program = self._select("all_to_all", None, v, v.nbytes, algorithm)
         return self._run(program, v.address, w.address, v.count, v.dtype, _SUM, timeout_s, async_op, out,
                          (source, target, x, out), finish)  # fmt: skip
@@ -459,44 +544,56 @@ class Communicator:
     ) -> Any:  # fmt: skip
         """Like all_to_all with blocks of send_rows[r] rows for rank r and recv_rows[r] rows from it (None: they are
         exchanged first)."""
-        source, v = self._readable(x)
-        need_rows("all_to_all_v", source)
-        send_rows, width = list(send_rows), math.prod(source.shape[1:])
-        if len(send_rows) != self.world_size or sum(send_rows) != source.shape[0]:
-            raise InvalidArgument(f"all_to_all_v: send_rows {send_rows} do not fit x of shape {tuple(source.shape)}")
+        what = "all_to_all_v"
+        seconds("timeout_s", timeout_s)
+        source, v = self._readable(what, x)
+        shape = _shape_of(x)
+        need_rows(what, shape)
+        send_rows, width = block_rows(f"{what}: send_rows", send_rows, self.world_size), math.prod(source.shape[1:])
+        if sum(send_rows) != shape[0]:
+            raise InvalidArgument(f"{what}: send_rows {send_rows} do not fit x of shape {shape}")
+        made = self._made(what, v, out)
+        exchanged = recv_rows is None
         if recv_rows is None:
             numbers = np.array(send_rows, np.int64)
             recv_rows = self._on_host("all_to_all", numbers, np.empty_like(numbers)).tolist()
-        recv_rows = list(recv_rows)
-        if out is None:
-            out = empty_like(native(x), (sum(recv_rows), *source.shape[1:]))
-        target, w, finish = self._writable(out)
-        need_same("all_to_all_v", v, w, sum(recv_rows) * width)
-        if overlap(v, w):
-            source = copy_of(source)
-            v = view(source)
-        # All ranks cut into as many slices as the largest block of any rank needs.
-        largest = np.array([max([*send_rows, *recv_rows], default=0) * width], np.int64)
-        self._on_host("all_reduce", largest, largest, "max")
-        program = self._select("all_to_all", None, v, int(largest[0]) * self.world_size, algorithm)
+        recv_rows = block_rows(f"{what}: recv_rows", recv_rows, self.world_size)
+        if not exchanged and made is not None:
+            need_same(what, v, made[1], sum(recv_rows) * width)
+        fits = made is None or made[1].count == sum(recv_rows) * width
+        # All ranks cut into as many slices as the largest block of any rank needs, and give up where one cannot go on.
+        agreed = np.array([max([*send_rows, *recv_rows], default=0) * width, 0 if fits else self.rank + 1], np.int64)
+        largest, misfit = self._on_host("all_reduce", agreed, agreed, "max").tolist()
+        if misfit:
+            raise InvalidArgument(f"{what}: on rank {misfit - 1} the rows that come do not fit out")
+        if made is None:
+            out = empty_like(native(x), (sum(recv_rows), *shape[1:]))
+            made = self._writable(what, out)
+        target, w, finish = made
+        need_same(what, v, w, sum(recv_rows) * width)
+        source, v = apart(source, v, w)
+        program = self._select("all_to_all", None, v, largest * self.world_size, algorithm)
         return self._run(program, v.address, w.address, 0, v.dtype, _SUM, timeout_s, async_op, out,
                          (source, target, x, out), finish, blocks=[r * width for r in send_rows],
-                         output_blocks=[r * width for r in recv_rows], largest_block=int(largest[0]))  # fmt: skip
+                         output_blocks=[r * width for r in recv_rows], largest_block=largest)  # fmt: skip
 
     def gather(
         self, x: Any, root: int = 0, *, out: Any = None, async_op: bool = False,
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """Every rank's x, stacked on the root: [world_size, *x.shape] (or `out`). None elsewhere."""
-        source, v = self._readable(x)
-        program = self._select("gather", root, v, v.nbytes * self.world_size, algorithm)
+        root = rank_of("gather: root", root, self.world_size)
+        source, v = self._readable("gather", x)
         if self.rank != root:
+            program = self._select("gather", root, v, v.nbytes * self.world_size, algorithm)
             return self._run(program, v.address, 0, v.count * self.world_size, v.dtype, _SUM, timeout_s, async_op, None,
                              (source, x))  # fmt: skip
         if out is None:
-            out = empty_like(native(x), (self.world_size, *source.shape))
-        target, w, finish = self._writable(out)
+            out = self._stack_of(x)
+        target, w, finish = self._writable("gather", out)
         need_same("gather", v, w, v.count * self.world_size)
+        source, v = apart(source, v, w)
+        program = self._select("gather", root, v, v.nbytes * self.world_size, algorithm)
         return self._run(program, v.address, w.address, w.count, v.dtype, _SUM, timeout_s, async_op, out,
                          (source, target, x, out), finish)  # fmt: skip
 
@@ -506,20 +603,22 @@ class Communicator:
     ) -> Any:  # fmt: skip
         """This rank's block of the root's x, which is cut into world_size equal blocks along dimension 0, into `out`.
         x counts on the root only; `out` may be left out there only."""
+        root = rank_of("scatter: root", root, self.world_size)
         if self.rank == root and x is None:
             raise InvalidArgument("scatter: the root needs x")
         if self.rank == root and out is None:
-            x = native(x)
-            out = empty_like(x, block_shape("scatter", x.shape, self.world_size))
+            whole_x = native(x)
+            out = empty_like(whole_x, block_shape("scatter", whole_x.shape, self.world_size))
         if out is None:
             raise InvalidArgument(f"scatter: rank {self.rank} is not the root {root} and needs out")
-        target, w, finish = self._writable(out)
-        program = self._select("scatter", root, w, w.nbytes * self.world_size, algorithm)
+        target, w, finish = self._writable("scatter", out)
         source, address = None, 0
         if self.rank == root:
-            source, v = self._readable(x)
+            source, v = self._readable("scatter", x)
             need_same("scatter", v, w, w.count, v.count // self.world_size if v.count % self.world_size == 0 else -1)
+            source, v = apart(source, v, w)
             address = v.address
+        program = self._select("scatter", root, w, w.nbytes * self.world_size, algorithm)
         return self._run(program, address, w.address, w.count * self.world_size, w.dtype, _SUM, timeout_s, async_op,
                          out, (source, target, x, out), finish)  # fmt: skip
 
@@ -528,7 +627,7 @@ class Communicator:
     ) -> Any:
         """Returns when every rank has called it."""
         plain = not async_op and algorithm is None and record.current is None and not self._emulates
-        if plain and self._core.barrier(-1.0 if timeout_s is None else float(timeout_s)):
+        if plain and self._core.barrier(seconds("timeout_s", timeout_s)):
             return None
         program = self._select("barrier", None, None, 0, algorithm)
         return self._run(program, 0, 0, 0, _C.DTYPES["uint8"], _SUM, timeout_s, async_op, None, ())
@@ -537,11 +636,11 @@ class Communicator:
     def send(self, x: Any, peer: int, *, tag: int = 0, async_op: bool = False, timeout_s: float | None = None) -> Any:
         """Sends x to `peer`, which calls recv. Messages of a pair and tag arrive in order; everything posted moves at
         once. What is on a GPU is staged through host memory, here and in recv: the host waits for the copy."""
-        source, v = self._readable(x, staged=True)
-        limit = -1.0 if timeout_s is None else float(timeout_s)
+        peer, tag, limit = self._peer("send to", peer), _tag("send", tag), seconds("timeout_s", timeout_s)
+        source, v = self._readable("send", x, staged=True)
         label = spans.EARLIER if record.current is None else self._label("send", v.nbytes, peer=peer)
         core = self._core.send(v.address, v.nbytes, v.dtype, peer, limit, tag)
-        work = self._launch(core, x, (source, x), None, label)
+        work = self._launch(core, x, (source, x, *held([source])), label)
         return work if async_op else work.wait()
 
     def recv(
@@ -549,13 +648,22 @@ class Communicator:
     ) -> Any:
         """Overwrites x with what `peer` (None: whichever rank is first, `Work.source` says which) sends under this tag;
         count and dtype must be the sender's."""
-        target, w, finish = self._writable(x, staged=True)
-        limit = -1.0 if timeout_s is None else float(timeout_s)
-        source = _C.ANY_PEER if peer is None else peer
+        source = _C.ANY_PEER if peer is None else self._peer("recv from", peer)
+        tag, limit = _tag("recv", tag), seconds("timeout_s", timeout_s)
+        target, w, finish = self._writable("recv", x, staged=True)
         label = spans.EARLIER if record.current is None else self._label("recv", w.nbytes, peer=peer)
-        core = self._core.recv(w.address, w.nbytes, w.dtype, source, limit, tag)
-        work = self._launch(core, x, (target, x), finish, label)
+        core = self._core.recv(w.address, w.nbytes, w.dtype, source, limit, tag, finish)
+        work = self._launch(core, x, (target, x, *held([target, x])), label)
         return work if async_op else work.wait()
+
+    def _peer(self, what: str, peer: Any) -> int:
+        try:
+            number = rank_of(what, peer, self.world_size)
+        except InvalidArgument:
+            number = self.rank
+        if number == self.rank:
+            raise InvalidArgument(f"{what} rank {peer!r} on rank {self.rank} of {self.world_size}")
+        return number
 
     # --- memory, groups, ends ---
     def empty(self, shape: int | Sequence[int], dtype: Any = None, *, like: str | None = None) -> Any:
@@ -569,23 +677,30 @@ class Communicator:
 
     def exchange(self, blob: bytes) -> list[bytes]:
         """Every rank's bytes, in rank order."""
+        if not isinstance(blob, bytes | bytearray | memoryview):
+            raise InvalidArgument(f"exchange: expected bytes, got {type(blob).__name__}")
         mine = np.frombuffer(blob, np.uint8)
-        rows = self._rows(len(mine))
+        rows = self._rows("exchange", len(mine))
         gathered = self._on_host("all_gather", mine, np.empty(sum(rows), np.uint8), blocks=rows)
         ends = itertools.accumulate(rows, initial=0)
         return [gathered[lo:hi].tobytes() for lo, hi in itertools.pairwise(ends)]
 
-    def _rows(self, mine: int) -> list[int]:
-        rows = self._on_host("all_gather", np.array([mine], np.int64), np.empty(self.world_size, np.int64))
-        return [int(row) for row in rows]
+    def _rows(self, what: str, mine: int, room: int | None = None) -> list[int]:
+        """Every rank's rows. Raises InvalidArgument on every rank where those of all do not fit the `room` of one."""
+        own = np.array([mine, -1 if room is None else room], np.int64)
+        pairs = self._on_host("all_gather", own, np.empty((self.world_size, 2), np.int64)).tolist()
+        total = sum(row for row, _ in pairs)
+        for rank, (_, rows) in enumerate(pairs):
+            if rows not in (-1, total):
+                raise InvalidArgument(f"{what}: out has room for {rows} rows on rank {rank}, all ranks have {total}")
+        return [row for row, _ in pairs]
 
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
         """A communicator of the ranks that give the same color, by (key, rank); None for color None. Collective."""
         from paracomm.comm.group import connect
 
-        mine = np.array([-1 if color is None else color, key], np.int64)
-        if color is not None and color < 0:
-            raise InvalidArgument(f"split: color must be None or not negative, got {color}")
+        color = None if color is None else whole("split: color", color, 0, 2**63 - 1)
+        mine = np.array([-1 if color is None else color, whole("split: key", key, -(2**63), 2**63 - 1)], np.int64)
         everyone = self._on_host("all_gather", mine, np.empty((self.world_size, 2), np.int64)).tolist()
         if color is None:
             self.exchange(b"")
@@ -646,3 +761,12 @@ class Communicator:
 
 def _never(x: Any, op: str, out: Any) -> None:
     """In place of the core's fast_all_reduce where it can do nothing."""
+
+
+def _shape_of(x: Any) -> tuple[int, ...]:
+    """Of an array; Several have one dimension."""
+    return (sum(x.counts),) if isinstance(x, Several) else tuple(native(x).shape)
+
+
+def _tag(what: str, tag: Any) -> int:
+    return whole(f"{what}: tag", tag, -(2**31), 2**31 - 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 from paracomm import _C
 from paracomm.comm import spans
-from paracomm.comm.arrays import HOST, View, is_cupy, view
+from paracomm.comm.arrays import HOST, View, is_cupy, name_of, view
 from paracomm.comm.work import Work
 from paracomm.errors import Error, InvalidArgument
 
@@ -99,12 +100,13 @@ class Device:
         """
         # What is called without async_op needs nobody to keep its memory: what frees it comes later on the stream.
         kept = list(keep) if async_op else []
-        core = self._launch(lane, arguments, kept)
+        # The host completes what has its memory; what follows an operation on a GPU goes onto a stream.
+        core = self._launch(lane, arguments, kept, None if self.joins else finish)
         if label is not None and label is not spans.EARLIER:
             spans.launched(core, label)
         if async_op and self.joins:
             return DeviceWork(lane, core, result, kept, finish, label)
-        work = Work(core, result, kept, finish, label)
+        work = Work(core, result, kept, label)
         if async_op:
             return work
         if not self.joins:
@@ -114,8 +116,10 @@ class Device:
             finish()
         return result
 
-    def _launch(self, lane: Lane, arguments: tuple[Any, ...], kept: list[Any]) -> _C.Work:
-        core = self._core.submit_device(lane.stream, *arguments)
+    def _launch(
+        self, lane: Lane, arguments: tuple[Any, ...], kept: list[Any], finish: Callable[[], None] | None
+    ) -> _C.Work:
+        core = self._core.submit_device(*(lane.stream, *arguments, finish))
         # They are complete in their order; one that nobody waits for has its memory in use until then.
         while self._in_flight and self._in_flight[0][0].done():
             self._in_flight.popleft()
@@ -196,8 +200,10 @@ class DeviceWork(Work):
         self, lane: Lane, core: _C.Work, result: Any, keep: list[Any], finish: Callable[[], None] | None,
         label: spans.Label | None,
     ) -> None:  # fmt: skip
-        super().__init__(core, result, keep, finish, label)
+        super().__init__(core, result, keep, label)
         self._lane = lane
+        self._finish = finish
+        self._finishing = threading.Lock()
 
     def wait(self, timeout_s: float | None = None) -> Any:
         """Lets the stream that torch or CuPy uses now wait for the operation, and returns its result.
@@ -207,13 +213,31 @@ class DeviceWork(Work):
                 given. Otherwise a failure is raised by the communicator's next call, and by `Communicator.check`.
         """
         if timeout_s is not None or self._core.done():
-            return super().wait(timeout_s)
+            super().wait(timeout_s)
+            self._after()
+            return self._result
         stream = self._lane.device.stream(self._result)
         self._lane.device.join(self._core, stream)
         self._after()
         if stream == self._lane.stream:
             self._keep.clear()  # whoever uses that memory next comes later on this stream
         return self._result
+
+    def done(self) -> bool:
+        """Work.done, for what comes next on the current stream. Never blocks."""
+        over = super().done()
+        if over and self.exception() is None:
+            self._after()
+        return over
+
+    test = done
+
+    def _after(self) -> None:
+        """Puts onto the current stream, once, what puts the result into its array."""
+        with self._finishing:
+            finish, self._finish = self._finish, None
+            if finish is not None:
+                finish()
 
 
 def make(core: _C.Communicator, exchange: Callable[[bytes], list[bytes]], kind: str, index: int) -> Device:
@@ -283,8 +307,3 @@ def current_stream(index: int, like: Any = None) -> int:
         with cupy.cuda.Device(index):
             return int(cupy.cuda.get_current_stream().ptr)
     return 0
-
-
-def name_of(index: int) -> str:
-    """ "cuda:1", or "the CPU"."""
-    return "the CPU" if index == HOST else f"cuda:{index}"

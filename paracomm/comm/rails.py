@@ -25,7 +25,7 @@ from concurrent.futures import TimeoutError as NotInTime
 from typing import Any
 
 from paracomm import background
-from paracomm.comm.arrays import assign, contiguous, is_torch, native
+from paracomm.comm.arrays import Several, contiguous, is_torch, known, native, unpack, view
 from paracomm.comm.communicator import Communicator
 from paracomm.comm.streams import SideStreams
 from paracomm.errors import InvalidArgument, Timeout
@@ -57,15 +57,16 @@ class Rails:
         self._thread: ThreadPoolExecutor | None = None
 
     def all_reduce(self, x: Any, op: str = "sum", *, async_op: bool = False, timeout_s: float | None = None) -> Any:
-        """The reduction of every rank's x, a torch tensor or NumPy array, into x. Operations run in the order of the
-        calls, on a thread of their own.
+        """The reduction of every rank's x, a torch tensor, NumPy array or Several, into x. Operations run in the order
+        of the calls, on a thread of their own.
 
         Without `async_op` this returns x once the bytes from other hosts are here, and the current stream waits for the
         rest; with it, a `Crossing`. The timeout is that of each of the three steps.
 
         Raises as a Communicator's all_reduce.
         """
-        side = self._sides.of(x.device) if is_torch(x) and x.is_cuda else None
+        first = x.arrays[0] if isinstance(x, Several) else x
+        side = self._sides.of(first.device) if is_torch(first) and first.is_cuda else None
         ready = None if side is None else side.now()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "paracomm rails")
@@ -88,7 +89,7 @@ class Rails:
             raise
 
     def _cross(self, x: Any, op: str, timeout_s: float | None) -> None:
-        whole = contiguous(native(x))
+        whole = x.packed() if isinstance(x, Several) else contiguous(native(x))
         flat = whole.reshape(-1)
         rows = block_sizes(math.prod(flat.shape), self._inside.world_size, self._rails)
         inner, outer = op, op
@@ -103,8 +104,9 @@ class Rails:
             if exact:
                 _divide(shard, self._comm.world_size)
         self._inside.all_gather_v(shard, out=flat, rows=rows, timeout_s=timeout_s)
-        if whole is not x:
-            assign(native(x), whole)
+        arrays = x.arrays if isinstance(x, Several) else [native(x)]
+        if view(known(arrays[0])).address != view(known(flat)).address:  # a copy
+            unpack(flat, arrays)
 
     def abort(self, why: str) -> None:
         """Gives up on every rank: whoever waits, here and elsewhere, raises Error."""
@@ -222,7 +224,7 @@ def _member(comm: Communicator | None) -> Communicator:
 
 
 def _is_floating(flat: Any) -> bool:
-    return bool(flat.is_floating_point()) if is_torch(flat) else flat.dtype.kind == "f"
+    return bool(flat.is_floating_point() or flat.is_complex()) if is_torch(flat) else flat.dtype.kind in "fc"
 
 
 def _divide(x: Any, divisor: int) -> None:

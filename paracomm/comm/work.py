@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from paracomm import _C
 from paracomm.comm import spans
+from paracomm.comm.arguments import seconds
 from paracomm.timeline import record
 
 
@@ -21,13 +21,11 @@ class Work:
         core: _C.Work,
         result: Any,
         keep: list[Any],
-        finish: Callable[[], None] | None = None,
         label: spans.Label | None = spans.EARLIER,
     ):
         self._core = core
         self._result = result
         self._keep = keep  # the memory that the operation uses
-        self._finish = finish
         self._label = label
 
     def wait(self, timeout_s: float | None = None) -> Any:
@@ -38,25 +36,21 @@ class Work:
                 no further use then, on any rank: the operation still had the caller's memory in use.
             PeerLost, Mismatch, Error: what the operation failed with, on every call.
         """
-        limit = -1.0 if timeout_s is None else float(timeout_s)
+        limit = seconds("timeout_s", timeout_s)
         if record.current is None or self._label is None or self._core.done():
             self._core.wait(limit)
         else:
             with spans.blocked(self._label):
                 self._core.wait(limit)
-        self._after()
         self._keep.clear()
         return self._result
 
-    def _after(self) -> None:
-        """What is left to do when the operation is complete, once."""
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
-
     def done(self) -> bool:
-        """True when the operation is complete or has failed. Never blocks."""
-        return self._core.done()
+        """True when the operation is complete, its results are where they belong, or it has failed. Never blocks."""
+        over: bool = self._core.done()
+        if over:
+            self._keep.clear()
+        return over
 
     test = done
 

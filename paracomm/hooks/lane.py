@@ -78,6 +78,24 @@ def raised_by(future: Any) -> BaseException | None:
     return raised[0] if raised else None
 
 
+def raised_in_backward(future: Any) -> Any:
+    """The future. At the end of the backward pass that asked for it, what its job raised is raised: DDP, which waits
+    after that and in C++, would make a RuntimeError of it."""
+    if isinstance(future, torch._C.Future) and torch._C._current_graph_task_id() != -1:
+
+        def look() -> None:
+            try:
+                future.wait()
+            except RuntimeError:
+                if (error := raised_by(future)) is not None:
+                    raise error from None
+                raise
+
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(look)
+    return future
+
+
 class Ranks(Protocol):
     """A communicator or a wire, as what watches over a hook knows it."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from paracomm.errors import InvalidArgument
-from paracomm.hooks.lane import because_of, one_at_a_time
+from paracomm.hooks.lane import because_of, one_at_a_time, raised_in_backward
 from paracomm.hooks.plain import Hook
 from paracomm.hooks.state import Bucket, HookState, ddp_hook
 from paracomm.hooks.wire import Wire, wire_of
@@ -50,7 +50,7 @@ def plain_function(hook: Hook, wire: Wire | None = None) -> Hook:
 
     def registered_hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP accepts no string annotation
         try:
-            return in_order(state, bucket)
+            return raised_in_backward(in_order(state, bucket))
         except BaseException as error:
             if wire is not None:
                 wire.abort(because_of(error))

@@ -462,10 +462,10 @@ DeviceJob Communicator::prepare_device(const Call& call) {
   return job;
 }
 
-std::shared_ptr<Work> Communicator::submit_device(const Call& call, uintptr_t stream) {
+std::shared_ptr<Work> Communicator::submit_device(const Call& call, uintptr_t stream, Work::Finish finish) {
   check_process();
   if (!device_) throw Error(ErrorKind::error, "this communicator has no device");
-  return queue_->submit_device(call, stream);
+  return queue_->submit_device(call, stream, std::move(finish));
 }
 
 void Communicator::attach_device(std::shared_ptr<DeviceExecutor> device) {
@@ -522,17 +522,18 @@ void Communicator::run(const Call& call) {
   check_process();
   queue_->run(call);
 }
-std::shared_ptr<Work> Communicator::submit(const Call& call) {
+std::shared_ptr<Work> Communicator::submit(const Call& call, Work::Finish finish) {
   check_process();
-  return queue_->submit(call);
+  return queue_->submit(call, std::move(finish));
 }
 
 std::shared_ptr<Work> Communicator::send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s,
                                          int tag) {
-  return p2p_->post(static_cast<std::byte*>(const_cast<void*>(data)), nbytes, dtype, peer, tag, timeout_s, true);
+  return p2p_->post(static_cast<std::byte*>(const_cast<void*>(data)), nbytes, dtype, peer, tag, timeout_s, true, {});
 }
-std::shared_ptr<Work> Communicator::recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s, int tag) {
-  return p2p_->post(static_cast<std::byte*>(data), nbytes, dtype, peer, tag, timeout_s, false);
+std::shared_ptr<Work> Communicator::recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s, int tag,
+                                         Work::Finish finish) {
+  return p2p_->post(static_cast<std::byte*>(data), nbytes, dtype, peer, tag, timeout_s, false, std::move(finish));
 }
 
 std::string Communicator::dump_plan(const Call& call) { return plan(call, false).dump(); }

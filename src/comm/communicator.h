@@ -85,20 +85,21 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Runs the collective in the caller's thread (after what is queued). Throws.
   void run(const Call& call);
   /// Queues it.
-  std::shared_ptr<Work> submit(const Call& call);
+  std::shared_ptr<Work> submit(const Call& call, Work::Finish finish = {});
   /// What a DeviceExecutor for this communicator is made with.
   DeviceHooks device_hooks();
   /// Once, after the executor was connected, before the first submit_device.
   void attach_device(std::shared_ptr<DeviceExecutor> device);
   /// Runs the collective on the device, after what `stream` holds so far (see DeviceExecutor::launch). Device
   /// operations count in the same row as others: ranks submit all of them in one order.
-  std::shared_ptr<Work> submit_device(const Call& call, uintptr_t stream);
+  std::shared_ptr<Work> submit_device(const Call& call, uintptr_t stream, Work::Finish finish = {});
   const std::shared_ptr<DeviceExecutor>& device() const noexcept { return device_; }
 
   /// Messages of one pair and tag arrive in their order.
   std::shared_ptr<Work> send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s, int tag = 0);
   /// From kAnyPeer: from whichever rank has such a message first; `Work::source` says which.
-  std::shared_ptr<Work> recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s, int tag = 0);
+  std::shared_ptr<Work> recv(void* data, size_t nbytes, DType dtype, int peer, double timeout_s, int tag = 0,
+                             Work::Finish finish = {});
 
   /// Gives up on every rank: all waiters, here and elsewhere, raise.
   void abort(const std::string& why);

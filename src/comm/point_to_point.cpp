@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "core/finally.h"
 #include "core/nap.h"
@@ -23,14 +24,14 @@ PointToPoint::PointToPoint(Communicator& comm, std::vector<Endpoint*> endpoints,
     : comm_(comm), endpoints_(std::move(endpoints)), patience_(patience), lanes_(endpoints_.size()) {}
 
 std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType dtype, int peer, int tag,
-                                         double timeout_s, bool send) {
+                                         double timeout_s, bool send, Work::Finish finish) {
   const bool any = !send && peer == kAnyPeer;
   if (!any && (peer < 0 || peer >= comm_.world_size() || peer == comm_.rank()))
     throw Error(ErrorKind::invalid_argument, std::string(send ? "send to" : "recv from") + " rank " +
                                                  std::to_string(peer) + " on rank " + std::to_string(comm_.rank()) +
                                                  " of " + std::to_string(comm_.world_size()));
   comm_.check_process();
-  auto work = std::make_shared<Work>(shared_from_this());
+  auto work = std::make_shared<Work>(shared_from_this(), std::move(finish));
   Transfer transfer;
   transfer.work = work;
   transfer.data = data;
@@ -41,7 +42,7 @@ std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType d
   transfer.signature.count = nbytes / size_of(dtype);
   transfer.signature.dtype = dtype;
   transfer.signature.root = tag;
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   uint32_t& number = any ? received_from_any_
                          : (send ? lanes_[static_cast<size_t>(peer)].sent : lanes_[static_cast<size_t>(peer)].received);
   transfer.signature.sequence = number + 1;
@@ -53,7 +54,10 @@ std::shared_ptr<Work> PointToPoint::post(std::byte* data, size_t nbytes, DType d
     lanes_[static_cast<size_t>(peer)].sends.push_back(std::move(transfer));
   } else {
     for (int from = 0; from < static_cast<int>(lanes_.size()); ++from)
-      if ((any || from == peer) && (take_aside(from, transfer) || take_incoming(from, transfer))) return work;
+      if ((any || from == peer) && (take_aside(from, transfer) || take_incoming(from, transfer))) {
+        settle(lock);
+        return work;
+      }
     (any ? from_any_ : lanes_[static_cast<size_t>(peer)].recvs).push_back(std::move(transfer));
   }
   if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
@@ -71,7 +75,7 @@ bool PointToPoint::take_aside(int peer, Transfer& recv) {
   fail_unless_fit(peer, recv, message.signature);
   std::copy(message.aside.begin(), message.aside.end(), recv.data);
   recv.work->set_source(peer);
-  recv.work->complete();
+  over_.emplace_back(recv.work, nullptr);
   return true;
 }
 
@@ -197,7 +201,7 @@ bool PointToPoint::advance_recvs(int peer) {
     if (lane.incoming->meant_for != nullptr)
       std::copy(lane.incoming->aside.begin(), lane.incoming->aside.end(), lane.incoming->meant_for);
     if (lane.incoming->work)
-      lane.incoming->work->complete();
+      over_.emplace_back(lane.incoming->work, nullptr);
     else
       lane.aside.push_back(std::move(*lane.incoming));
     lane.incoming.reset();
@@ -268,7 +272,7 @@ void PointToPoint::fail_all(const Error& error) {
     if (!t.work || t.work->done()) return;
     const std::string what = where(t, peer, send);
     const bool own = why.rfind(what, 0) == 0;
-    t.work->complete(std::make_exception_ptr(Error(error.kind(), own ? why : what + ": " + why)));
+    over_.emplace_back(t.work, std::make_exception_ptr(Error(error.kind(), own ? why : what + ": " + why)));
   });
   for (Lane& lane : lanes_) {
     lane.sends.clear();
@@ -276,6 +280,15 @@ void PointToPoint::fail_all(const Error& error) {
     lane.incoming.reset();
   }
   from_any_.clear();
+}
+
+void PointToPoint::settle(std::unique_lock<std::mutex>& lock) {
+  if (over_.empty()) return;
+  const auto over = std::exchange(over_, {});
+  lock.unlock();
+  for (const auto& [work, error] : over) work->complete(error);
+  lock.lock();
+  changed_.notify_all();
 }
 
 /// Moves everything along until `until` is done (null: until nothing is left, or somebody waits and does it better).
@@ -294,7 +307,9 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
     try {
       comm_.check();
       over = false;
-      if (round()) {
+      const bool moved = round();
+      settle(lock);
+      if (moved) {
         looks = 0;
         changed_.notify_all();
       } else if (++looks < patience) {
@@ -309,6 +324,7 @@ void PointToPoint::drive(std::unique_lock<std::mutex>& lock, const Work* until) 
       if (!over) comm_.fail(error, true);
       fail_all(error);
     }
+    settle(lock);
   }
 }
 
@@ -353,10 +369,14 @@ void PointToPoint::finish(Work& work, double timeout_s) {
   }};
   if (asleep_ != nullptr) asleep_->nudge();  // a thread that moves messages beside us makes way
   while (!work.done()) {
-    if (!driving_)
+    if (!driving_) {
       drive(lock, &work);
-    else
+    } else {
       changed_.wait_for(lock, std::chrono::milliseconds(100));
+      lock.unlock();
+      const Finally relock{[&] { lock.lock(); }};
+      between_naps();
+    }
   }
 }
 
@@ -375,6 +395,7 @@ void PointToPoint::stop() {
     std::unique_lock lock(mutex_);
     stopping_ = true;
     fail_all(Error(ErrorKind::error, "the communicator was closed before this transfer was complete"));
+    settle(lock);
     changed_.notify_all();
     needed_.notify_one();
     if (asleep_ != nullptr) asleep_->nudge();

@@ -24,7 +24,7 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   ~PointToPoint() override { stop(); }
 
   std::shared_ptr<Work> post(std::byte* data, size_t nbytes, DType dtype, int peer, int tag, double timeout_s,
-                             bool send);
+                             bool send, Work::Finish finish);
   void finish(Work& work, double timeout_s) override;
   void stop();
 
@@ -76,6 +76,8 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   template <class Visit>
   void each_transfer(Visit visit);
   void fail_all(const Error& error);
+  /// Completes what is over, with the lock let go meanwhile.
+  void settle(std::unique_lock<std::mutex>& lock);
   void drive(std::unique_lock<std::mutex>& lock, const Work* until);
   void nap(std::unique_lock<std::mutex>& lock);
   void serve();
@@ -90,6 +92,7 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   std::condition_variable needed_;   // for the thread that serves while nobody waits
   std::vector<Lane> lanes_;
   std::list<Transfer> from_any_;
+  std::vector<std::pair<std::shared_ptr<Work>, std::exception_ptr>> over_;  ///< received or failed, to be completed
   uint64_t posted_ = 0;
   uint32_t received_from_any_ = 0;
   bool driving_ = false, stopping_ = false;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "core/finally.h"
 #include "core/nap.h"
@@ -47,8 +48,8 @@ void CollectiveQueue::run(const Call& call) {
   if (error) std::rethrow_exception(error);
 }
 
-std::shared_ptr<Work> CollectiveQueue::submit(const Call& call) {
-  auto work = std::make_shared<Work>(shared_from_this());
+std::shared_ptr<Work> CollectiveQueue::submit(const Call& call, Work::Finish finish) {
+  auto work = std::make_shared<Work>(shared_from_this(), std::move(finish));
   const std::lock_guard lock(mutex_);
   if (stopping_) throw Error(ErrorKind::error, "this communicator is closed");
   items_.push_back({comm_.prepare(call, !running_ && items_.empty()), work});
@@ -57,30 +58,36 @@ std::shared_ptr<Work> CollectiveQueue::submit(const Call& call) {
   return work;
 }
 
-std::shared_ptr<Work> CollectiveQueue::submit_device(const Call& call, uintptr_t stream) {
+std::shared_ptr<Work> CollectiveQueue::submit_device(const Call& call, uintptr_t stream, Work::Finish finish) {
   const std::lock_guard lock(mutex_);
   if (stopping_) throw Error(ErrorKind::error, "this communicator is closed");
   const DeviceJob job = comm_.prepare_device(call);
   comm_.history_.add(job.signature);
-  return comm_.device_->launch(job, stream);
+  return comm_.device_->launch(job, stream, std::move(finish));
 }
 
-void CollectiveQueue::run_front(std::unique_lock<std::mutex>& lock) {
+std::exception_ptr CollectiveQueue::run_front(std::unique_lock<std::mutex>& lock) {
   Item item = std::move(items_.front());
   items_.pop_front();
   running_ = true;
   lock.unlock();
   item.work->begin();
-  std::exception_ptr error;
+  std::exception_ptr error, raised;
   try {
     comm_.run_job(item.job);
-  } catch (...) {
+  } catch (const Error&) {
     error = std::current_exception();
+  } catch (const std::exception& other) {
+    // What a signal handler raised may be thrown once, in its thread. The Work tells of it as often as it is asked.
+    raised = std::current_exception();
+    error = std::make_exception_ptr(
+        Error(ErrorKind::error, comm_.where(*item.job.program, item.job.signature.sequence) + ": " + other.what()));
   }
+  item.work->complete(error);
   lock.lock();
   running_ = false;
-  item.work->complete(error);
   changed_.notify_all();
+  return raised;
 }
 
 void CollectiveQueue::finish(Work& work, double timeout_s) {
@@ -96,7 +103,7 @@ void CollectiveQueue::finish(Work& work, double timeout_s) {
         job.deadline = deadline;
         job.timeout_s = timeout_s;
       }
-      run_front(lock);
+      if (const std::exception_ptr raised = run_front(lock)) std::rethrow_exception(raised);
       continue;
     }
     changed_.wait_for(lock, std::min<std::chrono::microseconds>(deadline.remaining(), kNap));
@@ -124,7 +131,7 @@ void CollectiveQueue::serve() {
   ++waiters_;
   while (!stopping_) {
     if (!running_ && !items_.empty())
-      run_front(lock);
+      run_front(lock);  // no signal is looked for in this thread
     else
       changed_.wait(lock);
   }
@@ -134,10 +141,12 @@ void CollectiveQueue::stop() noexcept {
   std::unique_lock lock(mutex_);
   stopping_ = true;
   ++waiters_;
-  for (Item& item : items_)
+  const std::deque<Item> dropped = std::exchange(items_, {});
+  lock.unlock();
+  for (const Item& item : dropped)
     item.work->complete(
         std::make_exception_ptr(Error(ErrorKind::error, "the communicator was closed before this operation ran")));
-  items_.clear();
+  lock.lock();
   changed_.notify_all();
   changed_.wait(lock, [&] { return !running_ && failing_ == 0; });
   lock.unlock();

@@ -19,9 +19,9 @@ class CollectiveQueue final : public Runner, public std::enable_shared_from_this
 
   /// In this thread, at once if nothing is queued.
   void run(const Call& call);
-  std::shared_ptr<Work> submit(const Call& call);
+  std::shared_ptr<Work> submit(const Call& call, Work::Finish finish = {});
   /// Takes its number here like the others, but runs on a stream.
-  std::shared_ptr<Work> submit_device(const Call& call, uintptr_t stream);
+  std::shared_ptr<Work> submit_device(const Call& call, uintptr_t stream, Work::Finish finish = {});
   void finish(Work& work, double timeout_s) override;
   /// Fails what is queued, waits for what runs and ends the progress thread.
   void stop() noexcept;
@@ -31,7 +31,8 @@ class CollectiveQueue final : public Runner, public std::enable_shared_from_this
     Job job;
     std::shared_ptr<Work> work;
   };
-  void run_front(std::unique_lock<std::mutex>& lock);
+  /// Returns what is to be thrown in this thread alone: its signal handler raised.
+  std::exception_ptr run_front(std::unique_lock<std::mutex>& lock);
   void serve();
 
   Communicator& comm_;

@@ -9,8 +9,8 @@ struct DTypeRow {
 };
 
 constexpr DTypeRow kDTypeTable[kDTypes] = {
-    {"float64", 8}, {"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"int8", 1},
-    {"int16", 2},   {"int32", 4},   {"int64", 8},   {"uint8", 1},    {"bool", 1},
+    {"float64", 8}, {"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"int8", 1},   {"int16", 2},  {"int32", 4},
+    {"int64", 8},   {"uint8", 1},   {"bool", 1},    {"uint16", 2},   {"uint32", 4}, {"uint64", 8},
 };
 constexpr const char* kOpNames[kReduceOps] = {"sum", "prod", "min", "max", "avg", "band", "bor", "bxor"};
 

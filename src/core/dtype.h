@@ -6,10 +6,24 @@
 
 namespace paracomm {
 
-enum class DType : uint8_t { float64, float32, float16, bfloat16, int8, int16, int32, int64, uint8, boolean };
+enum class DType : uint8_t {
+  float64,
+  float32,
+  float16,
+  bfloat16,
+  int8,
+  int16,
+  int32,
+  int64,
+  uint8,
+  boolean,
+  uint16,
+  uint32,
+  uint64
+};
 enum class ReduceOp : uint8_t { sum, prod, min, max, avg, band, bor, bxor };
 
-inline constexpr int kDTypes = 10;
+inline constexpr int kDTypes = 13;
 inline constexpr int kReduceOps = 8;
 
 /// Bytes of one element.

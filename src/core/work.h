@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 
 namespace paracomm {
@@ -23,7 +24,13 @@ class Runner {
 
 class Work {
  public:
-  explicit Work(std::shared_ptr<Runner> runner) : runner_(std::move(runner)) {}
+  /// What is left to do in the caller's memory when the operation has succeeded. Whoever completes the Work does it
+  /// first: when done() is true, every output holds its result. May take any lock of the caller's (that of Python), so
+  /// that a Work which has one is completed while no lock of the core's is held.
+  using Finish = std::function<void()>;
+
+  explicit Work(std::shared_ptr<Runner> runner, Finish finish = {})
+      : runner_(std::move(runner)), finish_(std::move(finish)) {}
   virtual ~Work() = default;
   Work(const Work&) = delete;
   Work& operator=(const Work&) = delete;
@@ -50,6 +57,14 @@ class Work {
   void begin() noexcept { began_ns_ = now_ns(); }
   void complete(std::exception_ptr error = nullptr) noexcept {
     error_ = std::move(error);
+    if (finish_) {
+      try {
+        if (!error_) finish_();
+      } catch (...) {
+        error_ = std::current_exception();
+      }
+      finish_ = nullptr;
+    }
     ended_ns_ = now_ns();
     if (began_ns_ == 0) began_ns_ = ended_ns_;
     done_.store(true, std::memory_order_release);
@@ -61,6 +76,7 @@ class Work {
   }
 
   std::shared_ptr<Runner> runner_;
+  Finish finish_;
   std::atomic<bool> done_{false};
   std::exception_ptr error_;
   int64_t began_ns_ = 0, ended_ns_ = 0;

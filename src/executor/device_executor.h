@@ -82,7 +82,8 @@ class DeviceExecutor : public Runner {
 
   /// Runs the job on the executor's own stream, after what `stream` holds so far. In a stream that is being captured
   /// the job becomes part of the graph, and its Work is complete at once.
-  virtual std::shared_ptr<Work> launch(const DeviceJob& job, uintptr_t stream) = 0;
+  /// `finish`: see Work; the host does it, so it is for devices whose memory is the host's.
+  virtual std::shared_ptr<Work> launch(const DeviceJob& job, uintptr_t stream, Work::Finish finish) = 0;
   /// `stream` goes on when `work` is complete. Does not block.
   virtual void join(const Work& work, uintptr_t stream) = 0;
   /// Returns when what `stream` holds so far is complete. Blocks.

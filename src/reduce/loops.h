@@ -21,10 +21,21 @@ constexpr int kUnroll = 4;
 
 // --- elements: how they lie in memory, what they accumulate in ---
 
+/// What integers are divided as.
+template <bool kUnsigned>
+struct Division {
+  using Type = int64_t;
+};
+template <>
+struct Division<true> {
+  using Type = uint64_t;
+};
+
 template <class T, class S = T>
 struct Plain {
   using Stored = T;
   using Sum = T;
+  using Quotient = typename Division<(static_cast<S>(-1) > 0)>::Type;
   template <int N>
   static PARACOMM_INLINE Pack<T, N> get(const T* from) {
     return load<Pack<T, N>>(from);
@@ -38,9 +49,10 @@ struct Plain {
     if constexpr (static_cast<T>(0.5) != 0) {
       return pack / static_cast<T>(divisor);
     } else if constexpr (N == 1) {
-      return static_cast<T>(static_cast<int64_t>(static_cast<S>(pack)) / divisor);
+      return static_cast<T>(static_cast<Quotient>(static_cast<S>(pack)) / static_cast<Quotient>(divisor));
     } else {
-      for (int i = 0; i < N; ++i) pack[i] = static_cast<T>(static_cast<int64_t>(static_cast<S>(pack[i])) / divisor);
+      for (int i = 0; i < N; ++i)
+        pack[i] = static_cast<T>(static_cast<Quotient>(static_cast<S>(pack[i])) / static_cast<Quotient>(divisor));
       return pack;
     }
   }
@@ -284,6 +296,9 @@ constexpr ReduceTable make_table() {
   fill_integer<int32_t, uint32_t>(row(DType::int32));
   fill_integer<int64_t, uint64_t>(row(DType::int64));
   fill_integer<uint8_t, uint8_t>(row(DType::uint8));
+  fill_integer<uint16_t, uint16_t>(row(DType::uint16));
+  fill_integer<uint32_t, uint32_t>(row(DType::uint32));
+  fill_integer<uint64_t, uint64_t>(row(DType::uint64));
   ReduceFn* boolean = row(DType::boolean);
   fill_bitwise<Plain<uint8_t>>(boolean);
   boolean[static_cast<int>(ReduceOp::sum)] = boolean[static_cast<int>(ReduceOp::max)] =
