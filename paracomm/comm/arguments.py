@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from paracomm import _C
 from paracomm.comm.arrays import DTYPE_NAMES, View, assign, empty_like
 from paracomm.comm.device import name_of
 from paracomm.errors import InvalidArgument
+
+LONGEST_S = 1e9
+"""The core takes so long a time (31 years) and more as one without end."""
+
+
+def seconds(what: str, value: Any) -> float:
+    """A finite number of seconds above 0, of which LONGEST_S count at most; None, which leaves the choice to the
+    communicator, is -1.0.
+
+    Raises:
+        InvalidArgument: `value` is anything else.
+    """
+    if value is None:
+        return -1.0
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise InvalidArgument(f"{what} must be a finite number of seconds above 0, got {value!r}")
+    return float(min(value, LONGEST_S))
 
 
 def op_code(op: str) -> int:
