@@ -7,6 +7,7 @@
 
 #include "array.h"
 #include "comm/communicator.h"
+#include "convert.h"
 #include "core/nap.h"
 #include "core/strided.h"
 #include "register.h"
@@ -18,14 +19,14 @@ namespace {
 
 using IntArray = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 
-Program make_program(const std::string& name, int collective, int rank, int world_size, int root, int chunks,
+Program make_program(const Text& name, int collective, int rank, int world_size, int root, int chunks,
                      int scratch_chunks, int volume, int levels, int pair_depth, uint32_t fingerprint,
                      const IntArray& ops) {
   if (ops.ndim() != 2 || ops.shape(1) != 12)
     throw Error(ErrorKind::invalid_argument, "ops of a program have shape [n, 12]");
   Program program;
-  program.name = name;
-  program.collective = static_cast<Collective>(collective);
+  program.name = name.bytes;
+  program.collective = convert::collective(collective);
   program.rank = rank;
   program.world_size = world_size;
   program.root = root;
@@ -58,8 +59,8 @@ Call make_call(int program, uintptr_t input, uintptr_t output, size_t count, int
   call.input = reinterpret_cast<const void*>(input);
   call.output = reinterpret_cast<void*>(output);
   call.count = count;
-  call.dtype = static_cast<DType>(dtype);
-  call.op = static_cast<ReduceOp>(op);
+  call.dtype = convert::dtype(dtype);
+  call.op = convert::reduce_op(op);
   call.timeout_s = timeout_s;
   call.blocks = std::move(blocks);
   call.output_blocks = std::move(output_blocks);
@@ -228,6 +229,11 @@ bool barrier(Communicator& comm, double timeout_s) {
 /// Seconds of each of `iterations` in-place float32 sums, timed here, without Python; a barrier program before each.
 std::vector<double> time_all_reduce(Communicator& comm, int program, int barrier, size_t count, int iterations,
                                     bool arena) {
+  constexpr size_t kMostElements = size_t{1} << 36;
+  if (count > kMostElements || iterations < 0 || iterations > 1'000'000)
+    throw Error(ErrorKind::invalid_argument, "to time " + std::to_string(iterations) + " sums of " +
+                                                 std::to_string(count) + " elements, expected 0 to 1000000 of up to " +
+                                                 std::to_string(kMostElements));
   const size_t nbytes = std::max<size_t>(count * sizeof(float), 64);
   std::vector<std::unique_ptr<float[]>> own;
   std::vector<void*> buffers;
@@ -279,30 +285,30 @@ void register_comm(py::module_& m) {
       "(device, stream or None, lazy, distinct): whether torch shows the negative of its memory, and whether no two "
       "elements share memory.");
 
-  py::class_<Unpack>(m, "Unpack")
+  py::class_<Unpack>(m, "Unpack", py::is_final(), convert::constructed_at_once())
       .def(py::init<uintptr_t, const std::vector<Unpack::Part>&>(), py::arg("packed"), py::arg("parts"),
            "Parts: (offset in bytes, array, first element, number of elements). Calling it copies them.")
       .def("__call__", &Unpack::operator(), py::call_guard<py::gil_scoped_release>());
 
-  py::class_<Program>(m, "Program")
+  py::class_<Program>(m, "Program", py::is_final(), convert::constructed_at_once())
       .def(py::init(&make_program), py::kw_only(), py::arg("name"), py::arg("collective"), py::arg("rank"),
            py::arg("world_size"), py::arg("root"), py::arg("chunks"), py::arg("scratch_chunks"), py::arg("volume"),
            py::arg("levels"), py::arg("pair_depth"), py::arg("fingerprint"), py::arg("ops"));
 
-  py::class_<Listener>(m, "Listener")
-      .def(py::init([](const std::string& interface, const std::string& master_address, const std::string& host_id) {
+  py::class_<Listener>(m, "Listener", py::is_final(), convert::constructed_at_once())
+      .def(py::init([](const Text& interface, const Text& master_address, const Text& host_id) {
              ListenerOptions options;
-             options.interface = interface;
-             options.master_address = master_address;
-             options.host_id = host_id;
+             options.interface = interface.bytes;
+             options.master_address = master_address.bytes;
+             options.host_id = host_id.bytes;
              return std::make_unique<Listener>(std::move(options));
            }),
            py::kw_only(), py::arg("interface") = "", py::arg("master_address") = "", py::arg("host_id") = "")
       .def("publish", [](const Listener& listener) { return py::bytes(listener.publish()); })
-      .def_property_readonly("ip", [](const Listener& listener) { return listener.address().ip; })
-      .def_property_readonly("host_id", [](const Listener& listener) { return listener.address().host_id; });
+      .def_property_readonly("ip", [](const Listener& listener) { return to_str(listener.address().ip); })
+      .def_property_readonly("host_id", [](const Listener& listener) { return to_str(listener.address().host_id); });
 
-  py::class_<Work, std::shared_ptr<Work>>(m, "Work")
+  py::class_<Work, std::shared_ptr<Work>>(m, "Work", py::is_final(), convert::made_by_the_core())
       .def("wait", &Work::wait, py::arg("timeout_s") = -1.0, nogil)
       .def("done", &Work::done)
       .def_property_readonly("source", &Work::source)
@@ -310,21 +316,29 @@ void register_comm(py::module_& m) {
       .def_property_readonly("ended_ns", &Work::ended_ns);
   m.attr("ANY_PEER") = kAnyPeer;
 
+  py::dict ranges;
+  for (const OptionRange& range : kOptionRanges) ranges[range.name] = py::make_tuple(range.least, range.most);
+  m.attr("OPTIONS") = ranges;
+  m.attr("MOST_THREADS") = kMostThreads;
   auto options = [](double timeout_s, size_t window_bytes, size_t staging_bytes, int sockets_per_peer, int cores,
                     int lag) {
     CommOptions o;
     o.lag = lag;
     o.timeout_s = timeout_s;
-    if (window_bytes > 0) o.window_bytes = window_bytes;
-    if (staging_bytes > 0) o.staging_bytes = staging_bytes;
-    if (sockets_per_peer > 0) o.sockets_per_peer = sockets_per_peer;
+    o.window_bytes = window_bytes;
+    o.staging_bytes = staging_bytes;
+    o.sockets_per_peer = sockets_per_peer;
     o.cores = cores;
+    check_options(o);
     return o;
   };
   m.def(
       "connect",
       [options](int rank, Listener& listener, const std::vector<std::string>& blobs, double connect_timeout_s,
                 double timeout_s, size_t window_bytes, size_t staging_bytes, int sockets_per_peer, int cores, int lag) {
+        if (!(connect_timeout_s > 0))
+          throw Error(ErrorKind::invalid_argument, "connect_timeout_s is " + std::to_string(connect_timeout_s) +
+                                                       ", expected a number of seconds above 0");
         py::gil_scoped_release release;
         return Communicator::connect(rank, listener, blobs,
                                      options(timeout_s, window_bytes, staging_bytes, sockets_per_peer, cores, lag),
@@ -346,10 +360,16 @@ void register_comm(py::module_& m) {
             py::arg("output_blocks") = std::vector<size_t>{}, py::arg("largest_block") = 0, extra...);
   };
   const auto finish_arg = py::arg("finish") = py::none();
-  py::class_<Communicator, std::shared_ptr<Communicator>> cls(m, "Communicator");
+  py::class_<Communicator, std::shared_ptr<Communicator>> cls(m, "Communicator", py::is_final(),
+                                                              convert::made_by_the_core());
   cls.def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("world_size", &Communicator::world_size)
-      .def_property_readonly("hosts", &Communicator::hosts)
+      .def_property_readonly("hosts",
+                             [](const Communicator& c) {
+                               py::list hosts;
+                               for (const std::string& host : c.hosts()) hosts.append(to_str(host));
+                               return hosts;
+                             })
       .def_property_readonly("host_indices", &Communicator::host_indices)
       .def_property_readonly("local_ranks", &Communicator::local_ranks)
       .def_property_readonly("cores", [](const Communicator& c) { return c.options().cores; })
@@ -358,13 +378,13 @@ void register_comm(py::module_& m) {
       .def(
           "set_choice",
           [](Communicator& c, int collective, int root, std::vector<std::pair<size_t, int>> entries) {
-            c.set_choice(static_cast<Collective>(collective), root, std::move(entries));
+            c.set_choice(convert::collective(collective), root, std::move(entries));
           },
           py::arg("collective"), py::arg("root"), py::arg("entries"))
       .def(
           "choose",
           [](const Communicator& c, int collective, int root, size_t nbytes) {
-            return c.choose(static_cast<Collective>(collective), root, nbytes);
+            return c.choose(convert::collective(collective), root, nbytes);
           },
           py::arg("collective"), py::arg("root"), py::arg("nbytes"))
       .def(
@@ -372,7 +392,7 @@ void register_comm(py::module_& m) {
           [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s, int tag) {
             // No lock of the core's is waited for with Python's held: who holds it may need Python's, see make_finish.
             const py::gil_scoped_release released;
-            return c.send(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s, tag);
+            return c.send(reinterpret_cast<void*>(data), nbytes, convert::dtype(dtype), peer, timeout_s, tag);
           },
           py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0,
           py::arg("tag") = 0)
@@ -382,12 +402,13 @@ void register_comm(py::module_& m) {
              const py::object& finish) {
             Work::Finish after = make_finish(finish);
             const py::gil_scoped_release released;
-            return c.recv(reinterpret_cast<void*>(data), nbytes, static_cast<DType>(dtype), peer, timeout_s, tag,
+            return c.recv(reinterpret_cast<void*>(data), nbytes, convert::dtype(dtype), peer, timeout_s, tag,
                           std::move(after));
           },
           py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0,
           py::arg("tag") = 0, py::arg("finish") = py::none())
-      .def("abort", &Communicator::abort, py::arg("why"), nogil)
+      .def(
+          "abort", [](Communicator& c, const Text& why) { c.abort(why.bytes); }, py::arg("why"), nogil)
       .def("close", &Communicator::close, nogil)
       .def("check", &Communicator::check)
       .def("bytes_sent", &Communicator::bytes_sent, py::arg("peer"))
@@ -434,11 +455,11 @@ void register_comm(py::module_& m) {
   call_args(cls, "dump_plan",
             [](Communicator& c, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op,
                double timeout_s, std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest) {
-              return c.dump_plan(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
-                                           std::move(output_blocks), largest));
+              return to_str(c.dump_plan(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
+                                                  std::move(output_blocks), largest)));
             });
 
-  py::class_<Arena, std::unique_ptr<Arena, py::nodelete>>(m, "Arena")
+  py::class_<Arena, std::unique_ptr<Arena, py::nodelete>>(m, "Arena", py::is_final(), convert::made_by_the_core())
       .def_static("process", &Arena::process, py::return_value_policy::reference)
       .def(
           "allocate",
@@ -461,4 +482,6 @@ void register_comm(py::module_& m) {
           py::arg("address"), py::arg("nbytes"))
       .def_property_readonly("bytes_in_use", &Arena::bytes_in_use)
       .def_property_readonly("size", [](const Arena& arena) { return arena.mapping().size(); });
+
+  for (const char* name : {"Program", "Listener", "Work", "Communicator", "Arena"}) convert::seal(m.attr(name));
 }

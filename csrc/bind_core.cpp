@@ -1,6 +1,7 @@
 // Errors, element types, build facts.
 #include <pybind11/pybind11.h>
 
+#include "convert.h"
 #include "core/dtype.h"
 #include "core/error.h"
 #include "core/signature.h"
@@ -39,7 +40,7 @@ void register_core(py::module_& m) {
       if (p) std::rethrow_exception(p);
     } catch (const Error& error) {
       const py::object type = py::module_::import("paracomm.errors").attr(python_name(error.kind()));
-      PyErr_SetString(type.ptr(), error.what());
+      PyErr_SetObject(type.ptr(), to_str(error.what()).ptr());
     }
   });
   py::dict dtypes, ops, collectives;
@@ -54,5 +55,5 @@ void register_core(py::module_& m) {
   m.def("reduce_isa", &reduce_isa, "The vector instructions that reductions use on this CPU.");
   m.def("limit_reduce_isa", &limit_reduce_isa, py::arg("isa"),
         "Restrict to 'baseline', 'avx2' or 'avx512'; '' lifts it.");
-  m.def("item_size", [](int dtype) { return size_of(static_cast<DType>(dtype)); }, py::arg("dtype"));
+  m.def("item_size", [](int dtype) { return size_of(convert::dtype(dtype)); }, py::arg("dtype"));
 }

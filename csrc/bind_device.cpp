@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "comm/communicator.h"
+#include "convert.h"
 #include "cuda/device.h"
 #include "register.h"
 
@@ -49,11 +50,20 @@ std::shared_ptr<DeviceExecutor> make_gpu([[maybe_unused]] int device, [[maybe_un
 #endif
 }
 
-std::shared_ptr<DeviceExecutor> make_device(Communicator& comm, const std::string& kind, int device) {
+std::shared_ptr<DeviceExecutor> make_executor(Communicator& comm, const std::string& kind, int device) {
   if (kind == "cuda") return make_gpu(device, comm.device_hooks());
   if (kind == "emulated")
     return emulated::make_device_executor(device, emulated::default_options(), comm.device_hooks());
   throw Error(ErrorKind::invalid_argument, "kind of device '" + kind + "', expected 'cuda' or 'emulated'");
+}
+
+/// The executor calls its communicator until it is closed, so it keeps it. (As a policy of the binding, pybind11 would
+/// look for what to keep before it knows that the arguments fit.)
+py::object make_device(const std::shared_ptr<Communicator>& comm, const Text& kind, int device) {
+  if (!comm) throw Error(ErrorKind::invalid_argument, "a device needs a communicator, got None");
+  py::object executor = py::cast(make_executor(*comm, kind.bytes, device));
+  py::detail::keep_alive_impl(executor, py::cast(comm));
+  return executor;
 }
 
 using Item = std::tuple<uintptr_t, size_t, size_t>;
@@ -61,7 +71,7 @@ using Item = std::tuple<uintptr_t, size_t, size_t>;
 std::shared_ptr<Bucket> make_bucket(DeviceExecutor& executor, const std::vector<Item>& items, int dtype) {
   std::vector<BucketItem> rows;
   for (const auto& [address, count, offset] : items) rows.push_back({reinterpret_cast<void*>(address), count, offset});
-  return executor.bucket(rows, static_cast<DType>(dtype));
+  return executor.bucket(rows, convert::dtype(dtype));
 }
 
 }  // namespace
@@ -74,8 +84,9 @@ void register_device(py::module_& m) {
       "How many GPUs are emulated: PARACOMM_EMULATED_DEVICES.");
 
   const auto nogil = py::call_guard<py::gil_scoped_release>();
-  py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket");
-  py::class_<DeviceExecutor, std::shared_ptr<DeviceExecutor>>(m, "DeviceExecutor")
+  py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket", py::is_final(), convert::made_by_the_core());
+  py::class_<DeviceExecutor, std::shared_ptr<DeviceExecutor>>(m, "DeviceExecutor", py::is_final(),
+                                                              convert::made_by_the_core())
       .def_property_readonly("kind", &DeviceExecutor::kind)
       .def_property_readonly("device", &DeviceExecutor::device)
       .def("publish", [](DeviceExecutor& executor) { return py::bytes(executor.publish()); })
@@ -87,17 +98,17 @@ void register_device(py::module_& m) {
           "pack",
           [](DeviceExecutor& executor, const Bucket& bucket, uintptr_t flat, int dtype, double scale,
              uintptr_t stream) {
-            executor.pack(bucket, reinterpret_cast<void*>(flat), static_cast<DType>(dtype), scale, stream);
+            executor.pack(bucket, reinterpret_cast<void*>(flat), convert::dtype(dtype), scale, stream);
           },
           py::arg("bucket"), py::arg("flat"), py::arg("dtype"), py::arg("scale"), py::arg("stream"), nogil)
       .def(
           "unpack",
           [](DeviceExecutor& executor, const Bucket& bucket, uintptr_t flat, int dtype, double scale,
              uintptr_t stream) {
-            executor.unpack(bucket, reinterpret_cast<const void*>(flat), static_cast<DType>(dtype), scale, stream);
+            executor.unpack(bucket, reinterpret_cast<const void*>(flat), convert::dtype(dtype), scale, stream);
           },
           py::arg("bucket"), py::arg("flat"), py::arg("dtype"), py::arg("scale"), py::arg("stream"), nogil)
       .def("close", &DeviceExecutor::close, nogil);
-  // The executor calls its communicator until it is closed.
-  m.def("make_device", &make_device, py::arg("comm"), py::arg("kind"), py::arg("device"), py::keep_alive<0, 1>());
+  m.def("make_device", &make_device, py::arg("comm"), py::arg("kind"), py::arg("device"));
+  for (const char* name : {"Bucket", "DeviceExecutor"}) convert::seal(m.attr(name));
 }

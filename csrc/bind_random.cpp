@@ -1,8 +1,9 @@
-// Counter-based random numbers. Memory is given by address; paracomm.comm.random checks what it is given.
+// Counter-based random numbers; paracomm.comm.random says what each array is.
 #include <pybind11/stl.h>
 
 #include <array>
 
+#include "convert.h"
 #include "random/random.h"
 #include "register.h"
 
@@ -17,24 +18,30 @@ std::array<uint32_t, 4> words(const std::array<uint32_t, 4>& counter, const std:
   return out;
 }
 
-void keep(uint64_t seed, uint32_t stream, uint32_t step, uintptr_t bases, size_t n_bases, uintptr_t offsets,
-          size_t n_offsets, uint32_t threshold, uintptr_t out) {
+void keep(uint64_t seed, uint32_t stream, uint32_t step, const py::object& bases, const py::object& offsets,
+          uint32_t threshold, const py::object& out) {
+  const ArrayView rows = convert::dense("bases", bases, DType::int64, false);
+  const ArrayView columns = convert::dense("offsets", offsets, DType::int64, false);
+  const ArrayView target = convert::dense("out", out, DType::boolean, true);
+  if (columns.count == 0 ? target.count != 0
+                         : target.count % columns.count != 0 || target.count / columns.count != rows.count)
+    throw Error(ErrorKind::invalid_argument, "out must have an element for each base and offset");
   const py::gil_scoped_release release;
-  keep_mask({seed, stream, step}, reinterpret_cast<const int64_t*>(bases), n_bases,
-            reinterpret_cast<const int64_t*>(offsets), n_offsets, threshold, reinterpret_cast<uint8_t*>(out));
+  keep_mask({seed, stream, step}, static_cast<const int64_t*>(rows.data), rows.count,
+            static_cast<const int64_t*>(columns.data), columns.count, threshold, static_cast<uint8_t*>(target.data));
 }
 
-void normal(uint64_t seed, uint32_t stream, uint32_t step, uint64_t first, size_t count, uintptr_t out) {
+void normal(uint64_t seed, uint32_t stream, uint32_t step, uint64_t first, const py::object& out) {
+  const ArrayView target = convert::dense("out", out, DType::float64, true);
   const py::gil_scoped_release release;
-  fill_normal({seed, stream, step}, first, count, reinterpret_cast<double*>(out));
+  fill_normal({seed, stream, step}, first, target.count, static_cast<double*>(target.data));
 }
 
 }  // namespace
 
 void register_random(py::module_& m) {
   m.def("philox", &words, py::arg("counter"), py::arg("key"));
-  m.def("keep_mask", &keep, py::arg("seed"), py::arg("stream"), py::arg("step"), py::arg("bases"), py::arg("n_bases"),
-        py::arg("offsets"), py::arg("n_offsets"), py::arg("threshold"), py::arg("out"));
-  m.def("fill_normal", &normal, py::arg("seed"), py::arg("stream"), py::arg("step"), py::arg("first"), py::arg("count"),
-        py::arg("out"));
+  m.def("keep_mask", &keep, py::arg("seed"), py::arg("stream"), py::arg("step"), py::arg("bases"), py::arg("offsets"),
+        py::arg("threshold"), py::arg("out"));
+  m.def("fill_normal", &normal, py::arg("seed"), py::arg("stream"), py::arg("step"), py::arg("first"), py::arg("out"));
 }

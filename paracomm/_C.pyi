@@ -181,30 +181,26 @@ def connect(
     cores: int = 0,
     lag: int = 0,
 ) -> Communicator: ...
-def decode_blocks(bits: int, block: int, data: int, count: int, add: bool, out: int) -> None: ...
+def decode_blocks(bits: int, block: int, data: typing.Any, add: bool, out: typing.Any) -> None: ...
 def encode_blocks(
     bits: int,
     block: int,
-    x: int,
-    residual: int,
+    x: typing.Any,
+    residual: typing.Any,
     divisor: float,
-    count: int,
-    blocks: int,
-    residual_out: int,
-    out: int,
+    residual_out: typing.Any,
+    out: typing.Any,
 ) -> None: ...
-def fill_normal(seed: int, stream: int, step: int, first: int, count: int, out: int) -> None: ...
+def fill_normal(seed: int, stream: int, step: int, first: int, out: typing.Any) -> None: ...
 def item_size(dtype: int) -> int: ...
 def keep_mask(
     seed: int,
     stream: int,
     step: int,
-    bases: int,
-    n_bases: int,
-    offsets: int,
-    n_offsets: int,
+    bases: typing.Any,
+    offsets: typing.Any,
     threshold: int,
-    out: int,
+    out: typing.Any,
 ) -> None: ...
 def limit_reduce_isa(isa: str) -> None: ...
 def local_communicators(world_size: int, *, timeout_s: float, window_bytes: int = 0) -> list[Communicator]: ...
@@ -220,6 +216,8 @@ def view(
 ANY_PEER: int
 COLLECTIVES: dict[str, int]
 DTYPES: dict[str, int]
+MOST_THREADS: int
+OPTIONS: dict[str, tuple[int, int]]
 REDUCE_OPS: dict[str, int]
 __version__: str
 compiler: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from paracomm.backend.gate import lift
 from paracomm.backend.process_group import ProcessGroup
 from paracomm.bootstrap import fresh_store, store_exchange
-from paracomm.comm import connect
+from paracomm.comm.group import check_settings, connect_since
 from paracomm.errors import InvalidArgument
 
 # A group whose operations may take a second still needs longer than that to find its ranks on a busy machine.
@@ -41,13 +42,17 @@ def connect_group(
     store: Any, rank: int, world_size: int, timeout: timedelta, settings: Mapping[str, Any], name: str
 ) -> ProcessGroup:
     """A process group of `world_size` ranks that share `store` and no other user of its keys."""
-    connect_timeout_s = max(timeout.total_seconds(), LEAST_CONNECT_S)
-    limit = timedelta(seconds=connect_timeout_s)
-    store = fresh_store(dist.PrefixStore("paracomm", store), rank, world_size, limit)
-    exchange = store_exchange(store, rank, world_size, "connect", limit)
-    arguments: dict[str, Any] = {"timeout_s": timeout.total_seconds(), "connect_timeout_s": connect_timeout_s}
-    arguments |= {"master_address": os.environ.get("MASTER_ADDR", ""), **settings}
-    comm = connect(rank, world_size, exchange, **arguments)
+    began = time.monotonic()
+    arguments: dict[str, Any] = {
+        "timeout_s": timeout.total_seconds(),
+        "connect_timeout_s": max(timeout.total_seconds(), LEAST_CONNECT_S),
+        "master_address": os.environ.get("MASTER_ADDR", ""),
+    }
+    checked = check_settings(**arguments | dict(settings))
+    deadline = began + checked.connect_timeout_s
+    store = fresh_store(dist.PrefixStore("paracomm", store), rank, world_size, deadline)
+    exchange = store_exchange(store, rank, world_size, "connect", deadline)
+    comm = connect_since(began, rank, world_size, exchange, checked)
     if "table" not in settings and world_size > 1:
         comm.use_cached_table()
     return ProcessGroup(comm, store, settings, name)

@@ -14,6 +14,7 @@ from paracomm.cli.contest.contenders import ALL, Runner, start_contender, start_
 from paracomm.cli.contest.contest import Contest, Effort
 from paracomm.cli.contest.launch import ContenderError, Place
 from paracomm.cli.contest.peers import HOW_TO_GET, MPIS, install
+from paracomm.cli.options import count, real
 from paracomm.errors import InvalidArgument
 
 MEMORIES = ("private", "arena")
@@ -22,19 +23,19 @@ OPS = ("sum", "prod", "min", "max", "avg", "band", "bor", "bxor")
 
 def bench(
     collective: Annotated[str, typer.Argument(help=f"{', '.join(COLLECTIVES)}, a list of them, or all")] = "all_reduce",
-    ranks: Annotated[int, typer.Option(help="processes per contender")] = 2,
+    ranks: Annotated[int, count("processes per contender", most=1024)] = 2,
     sizes: Annotated[str, typer.Option(help="bytes: FIRST:LAST[:FACTOR] (8:256M) or a list (8,1K,64M)")] = "8:64M",
     dtype: Annotated[str, typer.Option(help=", ".join(ITEM_SIZE))] = "float32",
     op: Annotated[str, typer.Option(help=", ".join(OPS))] = "sum",
-    root: Annotated[int, typer.Option(help="rank of the root, where there is one")] = 0,
+    root: Annotated[int, count("rank of the root, where there is one", 0, 1023)] = 0,
     memory: Annotated[str, typer.Option(help="of our buffers: private,arena; empty: we take no part")] = "private",
     vs: Annotated[str, typer.Option(help=f"peers: any of {', '.join(ALL)}, torch=BACKEND[,MODULE]")] = "",
     arrays: Annotated[str, typer.Option(help="ours are torch tensors or numpy arrays")] = "torch",
     algorithm: Annotated[str, typer.Option(help="of ours; empty: what the tuner or the default chooses")] = "",
     transport: Annotated[str, typer.Option(help="of ours: tcp instead of shared memory")] = "",
     native: Annotated[bool, typer.Option(help="also our loop outside Python (all_reduce)")] = False,
-    rounds: Annotated[int, typer.Option(help="visits of every contender per size")] = 3,
-    seconds: Annotated[float, typer.Option(help="about how long one visit measures")] = 0.25,
+    rounds: Annotated[int, count("visits of every contender per size")] = 3,
+    seconds: Annotated[float, real("about how long one visit measures", above=0, most=3600)] = 0.25,
     json: Annotated[Path | None, typer.Option(help="append JSON lines to this file")] = None,
     install_peers: Annotated[bool, typer.Option(help="install the MPIs into .peers/ with pip, and end")] = False,
 ) -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from paracomm.cli.options import count
 from paracomm.errors import Error
 from paracomm.kernels.config import ARCHES, table
 from paracomm.kernels.select import interpreted, triton_missing
@@ -23,8 +24,8 @@ def kernels(
     arch: Annotated[list[int] | None, typer.Option(help="80, 90; both if left out.")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Print what is shipped; choose nothing.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Write what was chosen into the package's tables.")] = False,
-    enough: Annotated[int, typer.Option(min=1, help="Candidates that may be shipped, to choose from.")] = 6,
-    jobs: Annotated[int, typer.Option(min=1, help="Compilers at a time (--estimate).")] = 1,
+    enough: Annotated[int, count("Candidates that may be shipped, to choose from.")] = 6,
+    jobs: Annotated[int, count("Compilers at a time (--estimate).", most=1024)] = 1,
 ) -> None:
     """Compile kernels ahead of time, read their machine code, rank configurations by a model of its loops: no GPU."""
     arches = tuple(arch or ARCHES)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from paracomm.cli.options import count, real
 from paracomm.errors import InvalidArgument
 from paracomm.pipeline import (
     SCHEDULES,
@@ -28,6 +29,7 @@ from paracomm.pipeline import (
 from paracomm.pipeline.picture import draw, expect_picture
 from paracomm.pipeline.table import table
 
+MOST = 1 << 14
 NAMES = ", ".join(SCHEDULES)
 
 
@@ -54,14 +56,14 @@ class Given:
 
 def pipeline(
     schedule: Annotated[str, typer.Argument(help=NAMES)] = "1f1b",
-    ranks: Annotated[int, typer.Option(help="That share the model's stages.")] = 4,
-    microbatches: Annotated[int, typer.Option(help="Of a step.")] = 8,
-    stages_per_rank: Annotated[int | None, typer.Option(help="None: the schedule's own.")] = None,
-    forward_ms: Annotated[float, typer.Option(help="Of all layers of a rank, for a microbatch.")] = 1.0,
-    backward_ms: Annotated[float, typer.Option(help="The same, both parts of backward.")] = 2.0,
-    weight_ms: Annotated[float, typer.Option(help="How much of that are the gradients of weights.")] = 1.0,
-    link_ms: Annotated[float, typer.Option(help="From one rank to another.")] = 0.0,
-    memory: Annotated[int | None, typer.Option(help="Microbatches whose activations a rank can keep.")] = None,
+    ranks: Annotated[int, count("That share the model's stages.", most=MOST)] = 4,
+    microbatches: Annotated[int, count("Of a step.", most=MOST)] = 8,
+    stages_per_rank: Annotated[int | None, count("None: the schedule's own.", most=MOST)] = None,
+    forward_ms: Annotated[float, real("Of all layers of a rank, for a microbatch.")] = 1.0,
+    backward_ms: Annotated[float, real("The same, both parts of backward.")] = 2.0,
+    weight_ms: Annotated[float, real("How much of that are the gradients of weights.")] = 1.0,
+    link_ms: Annotated[float, real("From one rank to another.")] = 0.0,
+    memory: Annotated[int | None, count("Microbatches whose activations a rank can keep.")] = None,
     file: Annotated[Path | None, typer.Option(help='Read it instead: a line a rank, "0F0 0F1 0B0 0B1".')] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it as .png or .svg; needs matplotlib.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Compare all schedules.")] = False,
@@ -172,10 +174,6 @@ def _build(name: str, ranks: int, microbatches: int, stages_per_rank: int | None
 
 
 def _given(forward_ms: float, backward_ms: float, weight_ms: float, link_ms: float, memory: int | None) -> Given:
-    times = {"forward": forward_ms, "backward": backward_ms, "weight": weight_ms, "link": link_ms}
-    for name, value in times.items():
-        if not 0 <= value < float("inf"):
-            raise InvalidArgument(f"--{name}-ms is {value}, expected 0 or more")
     if weight_ms > backward_ms:
         raise InvalidArgument(f"--weight-ms {weight_ms} is a part of --backward-ms {backward_ms}, expected no more")
     return Given(forward_ms * 1e-3, backward_ms * 1e-3, weight_ms * 1e-3, link_ms * 1e-3, memory)

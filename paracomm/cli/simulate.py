@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import re
 import time
 from typing import Annotated, Any
 
@@ -10,31 +11,36 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from paracomm.schedule import algorithms, get
+from paracomm.cli.options import count, parts, real
+from paracomm.schedule import algorithms
 from paracomm.schedule.schedule import COLLECTIVES, ROOTED
 from paracomm.schedule.simulate import Link, Topology, simulate_algorithm
+from paracomm.schedule.tune import UNLIMITED
 
+MOST_RANKS = 1 << 14
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def simulate(
     collective: Annotated[str, typer.Argument(help=", ".join(COLLECTIVES))] = "all_reduce",
     algorithm: Annotated[list[str] | None, typer.Option("--algorithm", "-a", help="Only these.")] = None,
-    ranks: Annotated[int, typer.Option(help="World size.")] = 8,
-    ranks_per_host: Annotated[int, typer.Option(help="0: every rank has a link of its own to every other one.")] = 0,
+    ranks: Annotated[int, count("World size.", most=MOST_RANKS)] = 8,
+    ranks_per_host: Annotated[int, count("0: every rank has a link of its own to every other one.", 0, MOST_RANKS)] = 0,
     sizes: Annotated[str, typer.Option(help="Bytes of the data buffer: 8,64K,1M,1G.")] = "1K,1M,64M",
-    alpha_us: Annotated[float, typer.Option(help="Time of a message without bytes, microseconds.")] = 5.0,
-    gb_per_s: Annotated[float, typer.Option(help="10^9 bytes a second of a link.")] = 10.0,
-    inside_alpha_us: Annotated[float, typer.Option(help="The same inside a host.")] = 0.5,
-    inside_gb_per_s: Annotated[float, typer.Option(help="The same inside a host.")] = 20.0,
-    reduce_gb_per_s: Annotated[float, typer.Option(help="10^9 bytes a second that a rank reduces; 0: no cost.")] = 0.0,
+    alpha_us: Annotated[float, real("Time of a message without bytes, microseconds.")] = 5.0,
+    gb_per_s: Annotated[float, real("10^9 bytes a second of a link.", above=0)] = 10.0,
+    inside_alpha_us: Annotated[float, real("The same inside a host.")] = 0.5,
+    inside_gb_per_s: Annotated[float, real("The same inside a host.", above=0)] = 20.0,
+    reduce_gb_per_s: Annotated[float, real("10^9 bytes a second that a rank reduces; 0: no cost.")] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Replays algorithms in the alpha-beta-gamma model; hosts share one port for all their ranks."""
     if collective not in COLLECTIVES:
         raise typer.BadParameter(f"unknown collective {collective!r}: expected one of {', '.join(COLLECTIVES)}")
-    if ranks < 1 or gb_per_s <= 0 or inside_gb_per_s <= 0:
-        raise typer.BadParameter("ranks and bandwidths must be positive")
+    for name in algorithm or []:
+        if name not in algorithms(collective):
+            known = ", ".join(algorithms(collective))
+            raise typer.BadParameter(f"{collective} has no algorithm {name!r}: expected one of {known}")
     gamma = 1e-9 / reduce_gb_per_s if reduce_gb_per_s else 0.0
     between = Link(alpha_us * 1e-6, 1e-9 / gb_per_s)
     if ranks_per_host:
@@ -45,9 +51,8 @@ def simulate(
     shown = Table(
         "bytes", "algorithm", "time us", "algbw GB/s", "most bytes a rank sends", "bytes between hosts", "took s"
     )
-    for nbytes in [bytes_of(text) for text in sizes.split(",")]:
+    for nbytes in parts(sizes, "--sizes", bytes_of):
         for name in algorithm or algorithms(collective):
-            get(collective, name)
             params: dict[str, Any] = {"hosts": topology.hosts} if name == "hierarchical" else {}
             begin = time.perf_counter()
             root = 0 if collective in ROOTED else None
@@ -77,11 +82,9 @@ def simulate(
 
 
 def bytes_of(text: str) -> int:
-    """ "64K" -> 65536."""
-    number, unit = text.strip().rstrip("bB"), ""
-    if number and number[-1].lower() in UNITS:
-        number, unit = number[:-1], number[-1].lower()
-    try:
-        return int(float(number) * UNITS[unit])
-    except ValueError as error:
-        raise typer.BadParameter(f"a size must look like 8, 64K, 1M or 1G, got {text!r}") from error
+    """ "64K" -> 65536. Raises ValueError for what is no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)([kmgt]?)b?", text, re.IGNORECASE)
+    nbytes = int(float(found[1]) * UNITS[found[2].lower()]) if found else UNLIMITED + 1
+    if nbytes > UNLIMITED:
+        raise ValueError(f"a size must look like 8, 64K, 1M or 1G and be at most 2^62, got {text!r}")
+    return nbytes

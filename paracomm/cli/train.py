@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from paracomm.cli.options import count, real
 from paracomm.errors import Error, InvalidArgument
 
 if TYPE_CHECKING:
@@ -15,37 +16,37 @@ if TYPE_CHECKING:
 
 
 def train(
-    width: Annotated[int, typer.Option(help="Width of the model; a multiple of --heads.")] = 128,
-    depth: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    context: Annotated[int, typer.Option(help="Longest sequence, in bytes.")] = 128,
-    dropout: Annotated[float, typer.Option(help="Dropout in the blocks.")] = 0.0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
-    batch: Annotated[int, typer.Option(help="Sequences a step, over all ranks.")] = 12,
-    accumulate: Annotated[int, typer.Option(help="Backward passes a step on each rank.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's decay of matrices.")] = 0.1,
-    clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Decides weights, data order and dropout.")] = 0,
+    width: Annotated[int, count("Width of the model; a multiple of --heads.")] = 128,
+    depth: Annotated[int, count("Number of blocks.")] = 4,
+    heads: Annotated[int, count("Attention heads.")] = 4,
+    context: Annotated[int, count("Longest sequence, in bytes.")] = 128,
+    dropout: Annotated[float, real("Dropout in the blocks.", most=1)] = 0.0,
+    steps: Annotated[int, count("Optimizer steps.")] = 2000,
+    batch: Annotated[int, count("Sequences a step, over all ranks.")] = 12,
+    accumulate: Annotated[int, count("Backward passes a step on each rank.")] = 1,
+    lr: Annotated[float, real("Peak learning rate.", above=0)] = 3e-3,
+    warmup: Annotated[int, count("Steps of linear warm-up.", 0)] = 100,
+    weight_decay: Annotated[float, real("AdamW's decay of matrices.")] = 0.1,
+    clip: Annotated[float, real("Largest global norm of the gradients.", above=0)] = 1.0,
+    seed: Annotated[int, count("Decides weights, data order and dropout.", 0, 2**63 - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     kernels: Annotated[
         str, typer.Option(help="auto, eager (torch's own operations), or triton (refused where they cannot run).")
     ] = "auto",
     dp: Annotated[
         int | None,
-        typer.Option(help="Ranks that share a batch; default: what --cp and --tp leave.", show_default=False),
+        count("Ranks that share a batch; default: what --cp and --tp leave.", show_default=False),
     ] = None,
-    tp: Annotated[int, typer.Option(help="Ranks that share each layer; a divisor of --heads.")] = 1,
-    cp: Annotated[int, typer.Option(help="Ranks that share each sequence; --context a multiple of 2 CP.")] = 1,
-    zero: Annotated[int, typer.Option(help="0 to 3: dp ranks share states, gradients too, weights too.")] = 0,
-    pp: Annotated[int, typer.Option(help="Ranks that share the layers, cut by what each costs here.")] = 1,
+    tp: Annotated[int, count("Ranks that share each layer; a divisor of --heads.")] = 1,
+    cp: Annotated[int, count("Ranks that share each sequence; --context a multiple of 2 CP.")] = 1,
+    zero: Annotated[int, count("0 to 3: dp ranks share states, gradients too, weights too.", 0, 3)] = 0,
+    pp: Annotated[int, count("Ranks that share the layers, cut by what each costs here.")] = 1,
     schedule: Annotated[
         str, typer.Option(help="Of the pipeline: gpipe, 1f1b, interleaved, zb-h1, zbv, dualpipev.")
     ] = "1f1b",
     microbatches: Annotated[
         int | None,
-        typer.Option(help="Of a rank's sequences, in the pipeline at a time; default: 2 PP.", show_default=False),
+        count("Of a rank's sequences, in the pipeline at a time; default: 2 PP.", show_default=False),
     ] = None,
     sequence: Annotated[
         bool, typer.Option("--sequence", help="Sequence parallel: tp ranks share activations too.")
@@ -63,28 +64,28 @@ def train(
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the run.")] = "gpt",
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    log_every: Annotated[int, typer.Option(help="Steps between metrics.")] = 20,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out files.")] = 500,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    log_every: Annotated[int, count("Steps between metrics.")] = 20,
+    eval_every: Annotated[int, count("Steps between evaluations on held-out files.")] = 500,
+    checkpoint_every: Annotated[int, count("Steps between checkpoints.")] = 500,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder of checkpoints; default: RUNS/NAME/checkpoints.", show_default=False)
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, in the same layout or another one.")
     ] = False,
-    bucket_mib: Annotated[float, typer.Option(help="Size of a gradient bucket, MiB.")] = 2.0,
+    bucket_mib: Annotated[float, real("Size of a gradient bucket, MiB.", above=0)] = 2.0,
     reducer: Annotated[str, typer.Option(help="paracomm, or ddp for torch DDP.")] = "paracomm",
     backend: Annotated[str, typer.Option(help="torch.distributed backend of --reducer ddp.")] = "gloo",
     prompt: Annotated[str, typer.Option(help="Start of the sample.")] = "def ",
-    sample_bytes: Annotated[int, typer.Option(help="Length of the sample.")] = 400,
+    sample_bytes: Annotated[int, count("Length of the sample.", 0)] = 400,
     trace: Annotated[
         Path | None, typer.Option(help="Folder for what each rank did in some steps; then `paracomm trace FOLDER`.")
     ] = None,
-    trace_steps: Annotated[int, typer.Option(help="Steps of --trace, after warm-up.")] = 3,
+    trace_steps: Annotated[int, count("Steps of --trace, after warm-up.")] = 3,
     check: Annotated[
         bool, typer.Option("--check", help="Compare a few steps of this layout with one process instead.")
     ] = False,
-    check_steps: Annotated[int, typer.Option(help="Steps of --check.")] = 5,
+    check_steps: Annotated[int, count("Steps of --check.")] = 5,
 ) -> None:
     """Train a byte-level GPT on any layout of ranks, by default on the Python standard library's own sources.
 

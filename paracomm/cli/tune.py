@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from paracomm.cli.options import real
 from paracomm.schedule import build
 from paracomm.schedule import tune as tuning
 from paracomm.schedule.schedule import COLLECTIVES, ROOTED
@@ -27,7 +28,7 @@ REPEAT_S = 0.01  # a measurement repeats its call for about so long
 
 def tune(
     collective: Annotated[list[str] | None, typer.Option("--collective", "-c", help="Only these.")] = None,
-    budget_s: Annotated[float, typer.Option(help="Stop measuring after so many seconds.")] = 5.0,
+    budget_s: Annotated[float, real("Stop measuring after so many seconds.")] = 5.0,
     default: Annotated[bool, typer.Option("--default", help="Print the table that holds without tuning.")] = False,
     save: Annotated[bool, typer.Option(help="Keep the table in the user's cache folder.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
@@ -36,6 +37,9 @@ def tune(
     from paracomm import init
 
     chosen = tuple(collective or COLLECTIVES)
+    for name in chosen:
+        if name not in COLLECTIVES:
+            raise typer.BadParameter(f"unknown collective {name!r}: expected one of {', '.join(COLLECTIVES)}")
     with init() as comm:
         hosts = list(comm.host_indices)
         about: dict[str, Any] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json as json_module
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -16,12 +17,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from paracomm.cli.options import count, parts, real
 from paracomm.errors import Error
 from paracomm.schedule import build
 from paracomm.schedule import verify as prove
 from paracomm.schedule.mutate import Verdict, campaign
 from paracomm.schedule.registry import cases, get
 from paracomm.schedule.schedule import COLLECTIVES
+
+MOST_RANKS = 1 << 14
 
 Case = tuple[str, str, int, "int | None", dict[str, Any]]
 
@@ -30,12 +34,12 @@ def verify(
     worlds: Annotated[str, typer.Option(help="World sizes: 1-64, or 2,4,8.")] = "1-64",
     collective: Annotated[list[str] | None, typer.Option("--collective", "-c", help="Only these.")] = None,
     algorithm: Annotated[list[str] | None, typer.Option("--algorithm", "-a", help="Only these.")] = None,
-    mutants: Annotated[int, typer.Option(help="Judge so many seeded wrong schedules instead.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the mutants.")] = 0,
-    least: Annotated[float, typer.Option(help="Share of wrong mutants that must be caught.")] = 0.99,
+    mutants: Annotated[int, count("Judge so many seeded wrong schedules instead.", 0, 10_000_000)] = 0,
+    seed: Annotated[int, count("Of the mutants.", 0, 2**63 - 1)] = 0,
+    least: Annotated[float, real("Share of wrong mutants that must be caught.", most=1)] = 0.99,
     table: Annotated[bool, typer.Option("--table", help="Print the schedules instead, ranks x levels.")] = False,
     module: Annotated[list[str] | None, typer.Option("--import", help="Modules that register own algorithms.")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
+    jobs: Annotated[int, count("Processes; 0: one a core.", 0, 1024)] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Prove that schedules compute what they should, on every interleaving, without races or deadlocks."""
@@ -58,16 +62,19 @@ def verify(
 
 def sizes(text: str) -> list[int]:
     """ "1-3,8" -> [1, 2, 3, 8]."""
-    found: list[int] = []
-    try:
-        for part in text.split(","):
-            low, _, high = part.partition("-")
-            found += range(int(low), int(high or low) + 1)
-    except ValueError as error:
-        raise typer.BadParameter(f"world sizes must look like 1-64 or 2,4,8, got {text!r}") from error
-    if not found or min(found) < 1:
-        raise typer.BadParameter(f"world sizes must be at least 1, got {text!r}")
-    return found
+    return [size for span in parts(text, "--worlds", _span) for size in span]
+
+
+def _span(text: str) -> range:
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if found is None:
+        raise ValueError(f"world sizes must look like 1-64 or 2,4,8, got {text!r}")
+    low, high = int(found[1]), int(found[2] or found[1])
+    if low > high:
+        raise ValueError(f"world sizes must rise from the first to the last, got {text!r}")
+    if low < 1 or high > MOST_RANKS:
+        raise ValueError(f"world sizes must be from 1 to {MOST_RANKS}, got {text!r}")
+    return range(low, high + 1)
 
 
 def load(modules: list[str]) -> None:

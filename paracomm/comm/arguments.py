@@ -15,19 +15,37 @@ LONGEST_S = 1e9
 """The core takes so long a time (31 years) and more as one without end."""
 
 
-def seconds(what: str, value: Any) -> float:
-    """A finite number of seconds above 0, of which LONGEST_S count at most; None, which leaves the choice to the
-    communicator, is -1.0.
+def seconds(what: str, value: Any, default: float = -1.0) -> float:
+    """A finite number of seconds above 0, of which LONGEST_S count at most; `default` (-1.0, by which the core knows
+    the communicator's own) for None.
 
     Raises:
         InvalidArgument: `value` is anything else.
     """
     if value is None:
-        return -1.0
+        return default
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:
         raise InvalidArgument(f"{what} must be a finite number of seconds above 0, got {value!r}")
     return float(min(value, LONGEST_S))
+
+
+def whole(what: str, value: Any, least: int, most: int) -> int:
+    """A whole number from `least` to `most`.
+
+    Raises:
+        InvalidArgument: `value` is anything else.
+    """
+    if not _is_whole(value) or not least <= int(value) <= most:
+        raise InvalidArgument(f"{what} must be in {least}..{most}, a whole number, got {value!r}")
+    return int(value)
+
+
+def text(what: str, value: Any) -> str:
+    """Raises InvalidArgument for what is no str."""
+    if not isinstance(value, str):
+        raise InvalidArgument(f"{what} must be a str, got {value!r}")
+    return value
 
 
 def op_code(op: str) -> int:
@@ -67,13 +85,6 @@ def rank_of(what: str, value: Any, world_size: int) -> int:
     """A rank. Raises InvalidArgument for anything but a whole number in range."""
     if not _is_whole(value) or not 0 <= value < world_size:
         raise InvalidArgument(f"{what} must be in 0..{world_size - 1}, got {value!r}")
-    return int(value)
-
-
-def whole(what: str, value: Any, low: int, high: int) -> int:
-    """Raises InvalidArgument for anything but a whole number in `low`..`high`."""
-    if not _is_whole(value) or not low <= value <= high:
-        raise InvalidArgument(f"{what} must be a whole number in {low}..{high}, got {value!r}")
     return int(value)
 
 

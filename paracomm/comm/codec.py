@@ -67,17 +67,16 @@ class BlockCodec:
                 f"encode: out has {target.nbytes} bytes, expected a multiple of {self.nbytes(1)} from "
                 f"{self.nbytes(self.blocks(source.count))} on for {source.count} elements"
             )
-        before, after = _like("residual", residual, source), _like("kept", kept, source)
-        _C.encode_blocks(
-            self.bits, self.block, source.address, before, divisor, source.count, blocks, after, target.address
-        )
+        _need_like("residual", residual, source)
+        _need_like("kept", kept, source)
+        _C.encode_blocks(self.bits, self.block, x, residual, divisor, kept, out)
 
     def decode(self, message: Any, out: Any, *, add: bool = False) -> None:
         """Writes (or adds) the first elements of `message`, uint8, to `out`, float32 [count]. Raises as encode."""
         source, target = _dense("message", message, _UINT8), _dense("out", out, _FLOAT32)
         if source.nbytes < self.nbytes(self.blocks(target.count)):
             raise InvalidArgument(f"decode: a message of {source.nbytes} bytes has fewer than {target.count} elements")
-        _C.decode_blocks(self.bits, self.block, source.address, target.count, add, target.address)
+        _C.decode_blocks(self.bits, self.block, message, add, out)
 
 
 def _dense(name: str, array: Any, dtype: int) -> View:
@@ -90,10 +89,7 @@ def _dense(name: str, array: Any, dtype: int) -> View:
     return found
 
 
-def _like(name: str, array: Any, x: View) -> int:
-    if array is None:
-        return 0
-    found = _dense(name, array, _FLOAT32)
+def _need_like(name: str, array: Any, x: View) -> None:
+    found = x if array is None else _dense(name, array, _FLOAT32)
     if found.count != x.count:
         raise InvalidArgument(f"{name} has {found.count} elements, expected {x.count}")
-    return found.address

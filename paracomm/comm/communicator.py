@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from paracomm import _C, _auto, background
 from paracomm.comm import device, programs, spans
+from paracomm.comm.agreement import read_for_all
 from paracomm.comm.arguments import (
     apart,
     block_rows,
@@ -46,6 +46,7 @@ from paracomm.comm.device import Device, Lane
 from paracomm.comm.work import Work
 from paracomm.errors import InvalidArgument
 from paracomm.schedule import Schedule, build, tune
+from paracomm.schedule.verify import prove
 from paracomm.timeline import record
 
 _SUM = _C.REDUCE_OPS["sum"]
@@ -79,7 +80,7 @@ class Communicator:
 
     def __init__(self, core: _C.Communicator, table: dict[str, Any] | None = None, settings: tuple[Any, ...] = ()):
         self._core = core
-        self._table = table
+        self._table = _checked(table)
         self._settings = settings
         self.name = ""
         """Of its axis of the mesh: what it is called in a timeline; "" for "world"."""
@@ -146,6 +147,7 @@ class Communicator:
                     f"schedule [{schedule.name}] is for {schedule.world_size} ranks, "
                     f"the communicator has {self.world_size}"
                 )
+            prove(schedule)
             self._programs[key] = self._core.add_program(programs.bind(schedule, self.rank))
             self._algorithms[self._programs[key]] = schedule.collective, schedule.name
         return self._programs[key]
@@ -175,22 +177,24 @@ class Communicator:
         """Chooses algorithms by `table` (None: the default ones) from now on, of operations over the host's transports
         or of those on devices; the same on all ranks."""
         if on_device:
-            self._device_table = {**tune.device_table(self.world_size), **(table or {})}
+            self._device_table = {**tune.device_table(self.world_size), **_checked(table)}
             self._device_choices.clear()
             return
-        self._table = table
+        self._table = _checked(table)
         for collective in _C.COLLECTIVES:
             for root in (-1, *range(self.world_size)):
                 self._core.set_choice(_C.COLLECTIVES[collective], root, [])
         self._choose("all_reduce", None, 0)
 
     def use_cached_table(self) -> None:
-        """Chooses as `paracomm tune` found best for this layout, if rank 0 has cached such a table. Collective."""
+        """Chooses as `paracomm tune` found best for this layout, if rank 0 has cached such a table. Collective.
+
+        Raises InvalidArgument on every rank if rank 0 has a file there that it cannot use.
+        """
         path = tune.cache_path(self.hosts[0], self.host_indices)
-        found = json.dumps(tune.load(path)) if self.rank == 0 and path.exists() else ""
-        table = self.exchange(found.encode())[0]
-        if table:
-            self.use_table(json.loads(table))
+        table = read_for_all(self.rank, self.exchange, lambda: tune.load(path))
+        if table is not None:
+            self.use_table(table)
 
     def _select(
         self, collective: str, root: int | None, found: View | None, nbytes: int, algorithm: str | Schedule | None
@@ -757,6 +761,14 @@ class Communicator:
         program, _ = self._select("all_reduce", None, None, nbytes, algorithm)
         barrier = self._choose("barrier", None, 0)
         return list(self._core.time_all_reduce(program, barrier, max(1, nbytes // 4), iterations, arena))
+
+
+def _checked(table: dict[str, Any] | None) -> dict[str, Any]:
+    """The table, {} for None. Raises InvalidArgument for what is none."""
+    if table is None:
+        return {}
+    tune.check(table)
+    return table
 
 
 def _never(x: Any, op: str, out: Any) -> None:

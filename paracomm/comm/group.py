@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from paracomm import _C
 from paracomm.comm import device
+from paracomm.comm.agreement import read_for_all
+from paracomm.comm.arguments import seconds, text, whole
 from paracomm.comm.communicator import Communicator
-from paracomm.errors import InvalidArgument
+from paracomm.errors import InvalidArgument, Timeout
+from paracomm.schedule import tune
 
 Exchange = Callable[[bytes], list[bytes]]
 
 DEFAULT_TIMEOUT_S = 1800.0
 CONNECT_TIMEOUT_S = 300.0
+MOST_RANKS = 1 << 20
 
-_local_worlds: dict[bytes, list[Any]] = {}
+_local_worlds: dict[int, list[Any]] = {}
 _local_lock = threading.Lock()
 _local_number = itertools.count()
 
@@ -47,43 +53,101 @@ def connect(
         interface: name or address of the network interface for TCP; "" takes the one with the route to master_address.
         host_id: ranks with equal ones share memory; "" finds it out.
         table: choices of algorithms, as `paracomm tune` makes them; None takes the default ones.
-        tuning: window_bytes, staging_bytes, sockets_per_peer, cores; equal on all ranks.
+        tuning: window_bytes, staging_bytes, sockets_per_peer, cores, lag; equal on all ranks. 0 or None: the default.
 
     Raises:
         Timeout: some ranks did not connect in time; the message names them.
         SecurityError: a rank could not prove that it belongs to the job.
         InvalidArgument: the arguments do not fit each other, or PARACOMM_DEVICE is none of its values.
     """
-    if not 0 <= rank < world_size:
-        raise InvalidArgument(f"rank must be in 0..{world_size - 1}, got {rank}")
+    checked = check_settings(
+        transport=transport, timeout_s=timeout_s, connect_timeout_s=connect_timeout_s, interface=interface,
+        master_address=master_address, host_id=host_id, table=table, **tuning,
+    )  # fmt: skip
+    return connect_since(time.monotonic(), rank, world_size, exchange, checked)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of connect() that were checked; `table` is given as it is."""
+
+    transport: str | None
+    timeout_s: float
+    connect_timeout_s: float
+    interface: str
+    master_address: str
+    host_id: str
+    table: dict[str, Any] | None
+    tuning: dict[str, int]
+
+
+def check_settings(
+    *, transport: Any = None, timeout_s: Any = None, connect_timeout_s: Any = None, interface: Any = "",
+    master_address: Any = "", host_id: Any = "", table: Any = None, **tuning: Any,
+) -> Settings:  # fmt: skip
+    """Raises InvalidArgument for what connect() cannot take, before anybody waits for this rank."""
     if transport not in (None, "tcp", "local"):
         raise InvalidArgument(f"transport must be None, 'tcp' or 'local', got {transport!r}")
-    device.mode()  # an unknown one is refused before anybody waits for this rank
-    settings = (transport, interface, master_address, host_id, connect_timeout_s, tuning)
-    if transport == "local":
-        core = _connect_threads(rank, world_size, exchange, timeout_s, tuning)
-        return Communicator(core, table, settings)
-    if transport == "tcp":
-        host_id = f"{host_id}#{rank}#tcp"
-    listener = _C.Listener(interface=interface, master_address=master_address, host_id=host_id)
+    for name in tuning:
+        if name not in _C.OPTIONS:
+            raise InvalidArgument(f"there is no option {name!r}; there are {', '.join(_C.OPTIONS)}")
+    if table is not None:
+        tune.check(table)
+    device.mode()
+    return Settings(
+        transport,
+        seconds("timeout_s", timeout_s, DEFAULT_TIMEOUT_S),
+        seconds("connect_timeout_s", connect_timeout_s, CONNECT_TIMEOUT_S),
+        text("interface", interface),
+        text("master_address", master_address),
+        text("host_id", host_id),
+        table,
+        {name: _option(name, value) for name, value in tuning.items()},
+    )
+
+
+def _option(name: str, value: Any) -> int:
+    if value is None or (value == 0 and not isinstance(value, bool)):
+        return 0
+    return whole(name, value, *_C.OPTIONS[name])
+
+
+def connect_since(began: float, rank: int, world_size: int, exchange: Exchange, settings: Settings) -> Communicator:
+    """connect() whose time runs from `began` of time.monotonic() on."""
+    local = settings.transport == "local"
+    world_size = whole("world_size", world_size, 1, _C.MOST_THREADS if local else MOST_RANKS)
+    rank = whole("rank", rank, 0, world_size - 1)
+    kept = (settings.transport, settings.interface, settings.master_address, settings.host_id,
+            settings.connect_timeout_s, settings.tuning)  # fmt: skip
+    if local:
+        core = _connect_threads(rank, world_size, exchange, settings.timeout_s, settings.tuning)
+        return Communicator(core, settings.table, kept)
+    host_id = f"{settings.host_id}#{rank}#tcp" if settings.transport == "tcp" else settings.host_id
+    listener = _C.Listener(interface=settings.interface, master_address=settings.master_address, host_id=host_id)
     blobs = exchange(listener.publish())
+    if len(blobs) != world_size:
+        raise InvalidArgument(f"exchange gave {len(blobs)} entries, expected one of each of {world_size} ranks")
     exchange(b"")  # as many rounds as with threads, so that a rank that stays out of a split can keep step
-    core = _C.connect(rank, listener, blobs, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s, **tuning)
-    return Communicator(core, table, settings)
+    left_s = began + settings.connect_timeout_s - time.monotonic()
+    if left_s <= 0:
+        raise Timeout(f"rank {rank}: addresses were exchanged after the {settings.connect_timeout_s:g} s of connect()")
+    core = _C.connect(rank, listener, blobs, connect_timeout_s=left_s, timeout_s=settings.timeout_s, **settings.tuning)
+    return Communicator(core, settings.table, kept)
 
 
 def _connect_threads(rank: int, world_size: int, exchange: Exchange, timeout_s: float, tuning: dict[str, int]) -> Any:
-    token = b""
-    if rank == 0:
-        token = str(next(_local_number)).encode()
+    def make() -> int:
+        number = next(_local_number)
+        window = {k: v for k, v in tuning.items() if k == "window_bytes"}
         with _local_lock:
-            window = {k: v for k, v in tuning.items() if k == "window_bytes"}
-            _local_worlds[token] = _C.local_communicators(world_size, timeout_s=timeout_s, **window)
-    token = exchange(token)[0]
+            _local_worlds[number] = _C.local_communicators(world_size, timeout_s=timeout_s, **window)
+        return number
+
+    number = read_for_all(rank, exchange, make)
     with _local_lock:
-        core = _local_worlds[token][rank]
+        core = _local_worlds[number][rank]
     exchange(b"")
     if rank == 0:
         with _local_lock:
-            del _local_worlds[token]
+            del _local_worlds[number]
     return core

@@ -38,16 +38,14 @@ def keep_mask(seed: int, stream: int, step: int, bases: Any, offsets: Any, thres
         raise InvalidArgument(
             f"keep_mask: out has {target.count} elements, expected {rows.count} bases x {columns.count} offsets"
         )
-    _C.keep_mask(
-        seed, stream, step, rows.address, rows.count, columns.address, columns.count, threshold, target.address
-    )
+    _C.keep_mask(seed, stream, step, bases, offsets, threshold, out)
 
 
 def fill_normal(seed: int, stream: int, step: int, first: int, out: Any) -> None:
     """out[i] = normal number `first` + i, mean 0 and deviation 1; `out` is dense float64. Raises as keep_mask."""
     _expect_bits("fill_normal", seed=(seed, 64), stream=(stream, 32), step=(step, 32), first=(first, 64))
-    target = _dense("out", out, _FLOAT64)
-    _C.fill_normal(seed, stream, step, first, target.count, target.address)
+    _dense("out", out, _FLOAT64)
+    _C.fill_normal(seed, stream, step, first, out)
 
 
 def _expect_bits(where: str, **numbers: tuple[int, int]) -> None:

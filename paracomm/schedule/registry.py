@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from ..errors import InvalidArgument
+from ..errors import Error, InvalidArgument
 from .schedule import COLLECTIVES, ROOTED, Schedule
 
 Author = Callable[..., None]
@@ -23,6 +23,10 @@ Formula = Callable[..., Any]
 AnySchedule = TypeVar("AnySchedule", bound=Schedule)
 Params = dict[str, Any]
 Items = tuple[tuple[str, Any], ...]
+
+FAMILIES = f"{__package__}.algorithms."
+LAYOUT = frozenset({"hosts", "between"})
+"""Parameters that the library itself sets; others are a caller's wish, and what they make is proved."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Algorithm:
     steps: Formula | None
     volume: Formula | None
     variants: Callable[[int], list[dict[str, Any]]]
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it comes with this package."""
+        return self.author.__module__.startswith(FAMILIES)
 
     def build(self, world_size: int, root: int | None = None, **params: Any) -> Schedule:
         return self.write(Schedule, world_size, root, **params)
@@ -119,15 +128,20 @@ def build(collective: str, name: str, world_size: int, root: int | None = None, 
     """
     get(collective, name)
     frozen = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in params.items()))
-    return _build(collective, name, world_size, root, frozen)
+    try:
+        return _build(collective, name, world_size, root, frozen)
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        if isinstance(error, Error):
+            raise
+        raise InvalidArgument(f"{collective} [{name}] does not take {params}: {error}") from error
 
 
 @lru_cache(maxsize=256)
 def _build(collective: str, name: str, world_size: int, root: int | None, params: Items) -> Schedule:
-    try:
-        return get(collective, name).build(world_size, root, **dict(params)).freeze()
-    except TypeError as error:
-        raise InvalidArgument(f"{collective} [{name}] does not take {dict(params)}: {error}") from error
+    entry = get(collective, name)
+    schedule = entry.build(world_size, root, **dict(params)).freeze()
+    schedule.shipped = entry.shipped and LAYOUT.issuperset(dict(params))
+    return schedule
 
 
 def share(numerator: int, denominator: int) -> Fraction:

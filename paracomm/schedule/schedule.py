@@ -49,6 +49,16 @@ class Ref(NamedTuple):
     span: Index = 1
 
 
+MOST = 1 << 20
+"""Ranks and chunks that a schedule may have: the core counts no further."""
+
+
+def _count(what: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= MOST:
+        raise InvalidArgument(f"{what} must be a whole number from 1 to {MOST}, got {value!r}")
+    return int(value)
+
+
 class Schedule:
     """A collective algorithm as data.
 
@@ -72,8 +82,7 @@ class Schedule:
     ) -> None:
         if collective not in COLLECTIVES:
             raise InvalidArgument(f"unknown collective {collective!r}: expected one of {', '.join(COLLECTIVES)}")
-        if world_size < 1 or chunks < 1:
-            raise InvalidArgument(f"world_size and chunks must be at least 1, got {world_size} and {chunks}")
+        world_size, chunks = _count("world_size", world_size), _count("chunks", chunks)
         if collective in BLOCKED and chunks % world_size:
             raise InvalidArgument(f"{collective} needs chunks in multiples of world_size {world_size}, got {chunks}")
         if collective in ROOTED:
@@ -93,6 +102,8 @@ class Schedule:
         self._batches: list[IntArray] = []
         self._ops: IntArray | None = None
         self._frozen = False
+        self.shipped = False
+        """True: by an algorithm of this package, which its tests prove for every world."""
         self._cache: dict[str, Any] = {}
 
     def at(self, rank: Index, chunk: Index = 0, buffer: str = "data", span: Index = 1) -> Ref:
@@ -131,6 +142,7 @@ class Schedule:
     def freeze(self) -> Schedule:
         """Forbid further operations (built schedules are shared)."""
         self._frozen = True
+        self.ops.flags.writeable = False
         return self
 
     def replaced(self, ops: IntArray) -> Schedule:

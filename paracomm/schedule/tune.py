@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
 import time
 import zlib
@@ -26,6 +27,7 @@ from .schedule import COLLECTIVES, ROOTED
 from .simulate import Topology, simulate, simulate_algorithm
 
 UNLIMITED = 2**62
+LARGEST = 2**64 - 1  # that the core counts to
 FORMAT = 1
 CLEARLY = 0.9  # what is not at least so much faster than the default choice is taken for noise
 SIZES = (256, 4 << 10, 32 << 10, 256 << 10, 2 << 20, 16 << 20)
@@ -208,32 +210,40 @@ def load(path: Path) -> Table | None:
     """The table at `path`, None if there is none.
 
     Raises:
-        InvalidArgument: the file is there and holds something else; it says what.
+        InvalidArgument: it cannot be read, or holds something else; it says what.
     """
     try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return None
-    try:
-        content = json.loads(text)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InvalidArgument("it is no file")  # a pipe would not be read to its end
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise InvalidArgument(f"it holds a {type(content).__name__}")
         if content["format"] != FORMAT:
             return None
         table: Table = content["table"]
         check(table)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidArgument(
-            f"{path} is no tuning table ({error}): delete it, or run `paracomm tune` again"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InvalidArgument(f"{path} is no tuning table ({why}): delete it, or run `paracomm tune` again") from error
     return table
 
 
 def check(table: Table) -> None:
     """Raise InvalidArgument unless every row names a known algorithm and sizes grow up to UNLIMITED."""
+    if not isinstance(table, dict):
+        raise InvalidArgument(f"a tuning table is a mapping of collectives to rows, got a {type(table).__name__}")
     for collective, rows in table.items():
+        if not isinstance(rows, list | tuple):
+            raise InvalidArgument(f"{collective}: expected a list of rows, got {rows!r}")
         last = -1
-        for limit, name, params in rows:
+        for row in rows:
+            if not isinstance(row, list | tuple) or list(map(type, row)) != [int, str, dict]:
+                raise InvalidArgument(f"{collective}: a row is [size, algorithm, parameters], got {row!r}")
+            limit, name, _ = row
             get(collective, name)
-            if not isinstance(limit, int) or limit <= last or not isinstance(params, dict):
+            if not last < limit <= LARGEST:
                 raise InvalidArgument(f"{collective}: sizes must grow from row to row, got {limit} after {last}")
             last = limit
         if last < UNLIMITED:

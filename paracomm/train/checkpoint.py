@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from paracomm.comm.agreement import read_for_all
 from paracomm.errors import Error, InvalidArgument
 from paracomm.train import contents, owed, storage
 from paracomm.train.storage import Alone, Entry, Ranks, Saved, raise_first
@@ -157,8 +158,11 @@ class Checkpointer:
         damaged, or of another model: the replica may then hold a part of it. Raises InvalidArgument for other groups.
         """
         self.wait()
-        last = [str(found) for found in list_checkpoints(self.folder)[-1:]] if path is None else [str(path)]
-        chosen = pickle.loads(self.ranks.exchange(pickle.dumps(last))[0])
+
+        def last() -> list[str]:
+            return [str(found) for found in list_checkpoints(self.folder)[-1:]] if path is None else [str(path)]
+
+        chosen = read_for_all(self.ranks.rank, self.ranks.exchange, last)
         if not chosen:
             raise Error(f"checkpoint: there is none in '{self.folder}'")
         error: Exception | None = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from paracomm import kernels
+from paracomm.comm.agreement import outcomes
 from paracomm.errors import Error, InvalidArgument, Mismatch
 from paracomm.models.gpt import GPT
 from paracomm.parallel import Pipeline
@@ -214,11 +215,7 @@ def train(config: TrainConfig) -> Result:
 
 def _train(config: TrainConfig, replicas: Replicas) -> Result:
     config.share(replicas.part[1])
-    corpus = load_corpus(config.data)
-    _expect_same(replicas, int(corpus.digest[:12], 16), f"the text under '{corpus.source}'")
-    checkpoint = _checkpoint_to_resume(config, corpus)
-    first_step = 0 if checkpoint is None else read_state(checkpoint)["step"]
-    _expect_same(replicas, first_step, f"the last checkpoint in '{config.checkpoints}'")
+    corpus, checkpoint, first_step = _inputs(config, replicas)
     trainer = Trainer(config, replicas, corpus)
     with Checkpointer(
         config.checkpoints, trainer.replicated, trainer.optimizer, ranks=replicas.beside()
@@ -228,6 +225,25 @@ def _train(config: TrainConfig, replicas: Replicas) -> Result:
         return _run(trainer, checkpoints, first_step)
 
 
+def _inputs(config: TrainConfig, replicas: Replicas) -> tuple[Corpus, Path | None, int]:
+    """The text, the checkpoint to go on from and its step: each rank's own, which must be the same."""
+    corpora, found = [], []
+
+    def read_text() -> str:
+        corpora.append(load_corpus(config.data))
+        return corpora[0].digest
+
+    def read_checkpoint() -> int:
+        found.append(_checkpoint_to_resume(config, corpora[0]))
+        return 0 if found[0] is None else int(read_state(found[0])["step"])
+
+    digests = outcomes(replicas.exchange, read_text)
+    _expect_same(replicas.rank, digests, f"the text under '{corpora[0].source}'")
+    steps = outcomes(replicas.exchange, read_checkpoint)
+    _expect_same(replicas.rank, steps, f"the last checkpoint in '{config.checkpoints}'")
+    return corpora[0], found[0], steps[0]
+
+
 def _run(trainer: Trainer, checkpoints: Checkpointer, first_step: int) -> Result:
     config, replicas = trainer.config, trainer.replicas
     log: MetricLog | None = None
@@ -235,13 +251,17 @@ def _run(trainer: Trainer, checkpoints: Checkpointer, first_step: int) -> Result
         Display(config.steps, first_step, rank=replicas.rank) as display,
         _tracer(trainer, display, first_step) as tracer,
     ):
-        if replicas.rank == 0:
+
+        def make_room() -> None:
+            nonlocal log
             if not config.resume:
                 _move_aside(config.folder)
                 if list_checkpoints(config.checkpoints):
                     _move_aside(config.checkpoints)
             log = MetricLog(config.folder, first_step)
             (config.folder / "config.json").write_text(json.dumps(config.described(), indent=1) + "\n")
+
+        outcomes(replicas.exchange, make_room if replicas.rank == 0 else None)
         _introduce(display, trainer, first_step, log)
         try:
             held_out_bits = _steps(trainer, display, log, checkpoints, first_step, tracer)
@@ -322,13 +342,10 @@ def _move_aside(folder: Path) -> None:
         folder.rename(aside)
 
 
-def _expect_same(replicas: Replicas, value: int, what: str) -> None:
-    values = torch.zeros(replicas.world_size, dtype=torch.int64)
-    values[replicas.rank] = value
-    replicas.sum(values)
-    others = (values != value).nonzero().flatten().tolist()
+def _expect_same(rank: int, values: list[Any], what: str) -> None:
+    others = [other for other, value in enumerate(values) if value != values[rank]]
     if others:
-        raise Mismatch(f"train rank {replicas.rank}: ranks {others} do not have {what} that this rank has")
+        raise Mismatch(f"train rank {rank}: ranks {others} do not have {what} that this rank has")
 
 
 def _introduce(display: Display, trainer: Trainer, first_step: int, log: MetricLog | None) -> None:

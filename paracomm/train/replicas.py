@@ -62,6 +62,10 @@ class MeshReplicas:
         self.comm.all_reduce(x, op="sum")
         return x
 
+    def exchange(self, blob: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order."""
+        return cast("list[bytes]", self.comm.exchange(blob))
+
     def beside(self) -> Ranks:
         """The same ranks once more, for another thread. Collective; whoever asks closes it."""
         twin = self.comm.split(0)
@@ -152,6 +156,13 @@ class TorchReplicas:
         if self.ddp:
             dist.all_reduce(x)
         return x
+
+    def exchange(self, blob: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order."""
+        everyone: list[Any] = [blob] * self.world_size
+        if self.ddp:
+            dist.all_gather_object(everyone, blob)
+        return everyone
 
     def beside(self) -> Ranks:
         """The same ranks once more, for another thread. Collective; whoever asks closes it."""

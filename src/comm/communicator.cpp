@@ -1,7 +1,10 @@
 #include "comm/communicator.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "comm/point_to_point.h"
 #include "comm/queue.h"
@@ -28,6 +31,19 @@ constexpr size_t kNetworkWindow = 4 << 20;
 // Where ranks share cores, waiting means handing the core on: fewer, longer turns.
 constexpr int kCrowdedLag = 4;
 
+constexpr size_t kMostStaging = 1 << 30;  // as kOptionRanges says
+
+/// The pages are there from the start (see Segment).
+void check_memory(size_t staging_bytes, int local_ranks) {
+  const auto all =
+      static_cast<size_t>(std::max(sysconf(_SC_PHYS_PAGES), 1L)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  if (staging_bytes <= all / 2 / static_cast<size_t>(local_ranks)) return;
+  throw Error(ErrorKind::invalid_argument, "staging_bytes is " + std::to_string(staging_bytes) + " for each of " +
+                                               std::to_string(local_ranks) + " ranks of this host, expected at most " +
+                                               std::to_string(all / 2 / static_cast<size_t>(local_ranks)) +
+                                               ", half of its memory in all");
+}
+
 /// Some host has more ranks than cores.
 bool is_crowded(const std::vector<Address>& addresses) {
   return std::any_of(addresses.begin(), addresses.end(), [&](const Address& a) {
@@ -37,6 +53,23 @@ bool is_crowded(const std::vector<Address>& addresses) {
 }
 
 }  // namespace
+
+void check_options(const CommOptions& options) {
+  if (!(options.timeout_s > 0))
+    throw Error(ErrorKind::invalid_argument,
+                "timeout_s is " + std::to_string(options.timeout_s) + ", expected a number of seconds above 0");
+  const size_t values[] = {options.window_bytes, options.staging_bytes, static_cast<size_t>(options.lag),
+                           static_cast<size_t>(options.sockets_per_peer), static_cast<size_t>(options.cores)};
+  for (size_t i = 0; i < std::size(values); ++i) {
+    const OptionRange& range = kOptionRanges[i];
+    if (values[i] == 0 ||
+        (values[i] >= static_cast<size_t>(range.least) && values[i] <= static_cast<size_t>(range.most)))
+      continue;
+    throw Error(ErrorKind::invalid_argument, std::string(range.name) + " is " + std::to_string(values[i]) +
+                                                 ", expected " + std::to_string(range.least) + " to " +
+                                                 std::to_string(range.most) + ", or 0 for the default");
+  }
+}
 
 Communicator::Communicator(int rank, int world_size, const CommOptions& options, std::vector<std::string> hosts)
     : rank_(rank),
@@ -51,17 +84,19 @@ Communicator::Communicator(int rank, int world_size, const CommOptions& options,
       device_plans_([this](const Program& program, Shape& shape) {
         shape.window_bytes = device_->window_bytes(program, shape);
       }) {
-  if (options_.cores <= 0) options_.cores = usable_cpus();
+  check_options(options_);
+  if (options_.cores == 0) options_.cores = usable_cpus();
+  if (options_.sockets_per_peer == 0) options_.sockets_per_peer = 1;
   interruption_.stuck = [this](const Signature& signature) { tell_waiting(signature); };
   interruption_.left = std::make_unique<std::atomic<bool>[]>(static_cast<size_t>(world_size));
 }
 
 void Communicator::size_windows(bool network, bool crowded) {
   if (options_.window_bytes == 0) options_.window_bytes = network ? kNetworkWindow : kHostWindow;
-  if (options_.lag <= 0) options_.lag = crowded ? kCrowdedLag : 1;
+  if (options_.lag == 0) options_.lag = crowded ? kCrowdedLag : 1;
   // Tiles under way need a window for each time of the lag, two more, and one to spare.
   const auto windows = static_cast<size_t>(options_.lag) + 3;
-  if (options_.staging_bytes == 0) options_.staging_bytes = windows * options_.window_bytes;
+  if (options_.staging_bytes == 0) options_.staging_bytes = std::min(windows * options_.window_bytes, kMostStaging);
   options_.window_bytes = std::min(options_.window_bytes, options_.staging_bytes / windows);
 }
 
@@ -137,8 +172,9 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
                             comm->local_ranks_.begin());
   };
 
-  std::vector<PeerSockets> sockets = listener.connect(rank, blobs, deadline, options.sockets_per_peer + 1);
   comm->size_windows(n_local < world_size, is_crowded(addresses));
+  if (n_local > 1) check_memory(comm->options_.staging_bytes, n_local);
+  std::vector<PeerSockets> sockets = listener.connect(rank, blobs, deadline, comm->options_.sockets_per_peer + 1);
   // Collectives and point-to-point have a queue of their own each: neither waits for the other's order.
   const MemoryOptions memory{comm->options_.staging_bytes, false},
       p2p_memory{kPointToPointRing * static_cast<size_t>(std::max(n_local - 1, 1)), true};
@@ -150,6 +186,8 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
     for (const PeerSockets& peer : sockets)
       if (peer.same_host)
         for (int fd : {own->fd(), p2p_own->fd(), Arena::process().mapping().fd()}) send_fd(peer.control, fd, deadline);
+    own->drop_fd();
+    p2p_own->drop_fd();
     std::vector<MemoryPeer> peers, p2p_peers;
     for (const PeerSockets& peer : sockets) {
       if (!peer.same_host) continue;
@@ -189,7 +227,9 @@ std::shared_ptr<Communicator> Communicator::connect(int rank, Listener& listener
 }
 
 std::vector<std::shared_ptr<Communicator>> Communicator::local(int world_size, const CommOptions& options) {
-  if (world_size < 1) throw Error(ErrorKind::invalid_argument, "a world has at least one rank");
+  if (world_size < 1 || world_size > kMostThreads)
+    throw Error(ErrorKind::invalid_argument, "world_size of ranks that are threads is " + std::to_string(world_size) +
+                                                 ", expected 1 to " + std::to_string(kMostThreads));
   auto group = std::make_shared<LocalGroup>();
   std::vector<std::shared_ptr<Communicator>> comms;
   for (int r = 0; r < world_size; ++r) {
@@ -261,8 +301,15 @@ void Communicator::close() {
     for (auto& endpoint : *list) endpoint->interrupt();
   if (queue_) queue_->stop();
   if (p2p_) p2p_->stop();
-  const std::lock_guard lock(failure_mutex_);
-  control_.reset();  // `control` goes after the lock, which the control thread may be waiting for
+  {
+    const std::lock_guard lock(failure_mutex_);
+    control_.reset();
+  }
+  // The last owner waits for the control thread, so it must not be that thread, which tells of a failure at times.
+  while (control && control.use_count() > 1) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  control.reset();
+  for (auto* list : {&endpoints_, &p2p_endpoints_})
+    for (auto& endpoint : *list) endpoint->close();
 }
 
 void Communicator::on_event(const PeerEvent& event) {
@@ -361,11 +408,15 @@ int Communicator::add_program(Program program) {
     throw Error(ErrorKind::invalid_argument, "program of rank " + std::to_string(program.rank) + " of " +
                                                  std::to_string(program.world_size) + " given to rank " +
                                                  std::to_string(rank_) + " of " + std::to_string(world_size_));
+  check_ranges(program);
   programs_.push_back(std::make_shared<const Program>(std::move(program)));
   return static_cast<int>(programs_.size()) - 1;
 }
 
 void Communicator::set_choice(Collective collective, int root, std::vector<std::pair<size_t, int>> entries) {
+  for (const auto& [max_nbytes, program] : entries)
+    if (program < 0 || program >= static_cast<int>(programs_.size()))
+      throw Error(ErrorKind::invalid_argument, "no program " + std::to_string(program));
   auto& stored = choices_[{static_cast<int>(collective), root}];
   stored = std::move(entries);
   if (collective == Collective::all_reduce && root < 0) all_reduce_choice_ = &stored;
@@ -417,10 +468,18 @@ Signature Communicator::sign(const Call& call, const Program& program, Processor
   return signature;
 }
 
+void Communicator::check_memory_of(const Call& call, const Plan& plan) const {
+  const bool no_input = call.input == nullptr && plan.reads_input();
+  if (!no_input && (call.output != nullptr || !plan.writes_output())) return;
+  throw Error(ErrorKind::invalid_argument,
+              "rank " + std::to_string(rank_) + " was given no memory for its " + (no_input ? "input" : "output"));
+}
+
 Job Communicator::prepare(const Call& call, bool idle) {
   const std::shared_ptr<const Program>& program = check_program(call);
   Job job;
   job.plan = &plan(call, idle);
+  check_memory_of(call, *job.plan);
   job.program = program.get();
   job.reduce = select_reduce(call.dtype, call.op == ReduceOp::avg && world_size_ == 1 ? ReduceOp::sum : call.op);
   job.divisor = call.op == ReduceOp::avg ? world_size_ : 1;
@@ -450,6 +509,7 @@ DeviceJob Communicator::prepare_device(const Call& call) {
   // Throws where the operation has no meaning.
   select_reduce(call.dtype, call.op == ReduceOp::avg && world_size_ == 1 ? ReduceOp::sum : call.op);
   job.plan = device_plans_.get(call, *job.program, true);
+  check_memory_of(call, *job.plan);
   check_peers_are_here(*job.program, *job.plan);
   job.input = call.input;
   job.output = call.output;
@@ -536,7 +596,10 @@ std::shared_ptr<Work> Communicator::recv(void* data, size_t nbytes, DType dtype,
   return p2p_->post(static_cast<std::byte*>(data), nbytes, dtype, peer, tag, timeout_s, false, std::move(finish));
 }
 
-std::string Communicator::dump_plan(const Call& call) { return plan(call, false).dump(); }
+std::string Communicator::dump_plan(const Call& call) {
+  check_program(call);
+  return plan(call, false).dump();
+}
 
 uint64_t Communicator::bytes_sent(int peer) const {
   if (peer < 0 || peer >= world_size_ || which_[static_cast<size_t>(peer)] < 0) return 0;

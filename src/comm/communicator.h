@@ -30,9 +30,26 @@ struct CommOptions {
   size_t window_bytes = 0;   ///< the most that a rank sends per tile; 0: 320 KiB on one host, 4 MiB between hosts
   size_t staging_bytes = 0;  ///< of shared memory a rank; 0: as many windows as can be under way
   int lag = 0;               ///< see Plan; 0: 1, or more where ranks share cores
-  int sockets_per_peer = 1;
-  int cores = 0;  ///< 0: as many as this process may use
+  int sockets_per_peer = 0;  ///< 0: 1
+  int cores = 0;             ///< 0: as many as this process may use
 };
+
+struct OptionRange {
+  const char* name;
+  int64_t least, most;
+};
+/// What each option but `timeout_s` may be, where it is not 0.
+inline constexpr OptionRange kOptionRanges[] = {
+    {"window_bytes", 1 << 10, 256 << 20},
+    {"staging_bytes", 4 << 10, 1 << 30},
+    {"lag", 1, 64},
+    {"sockets_per_peer", 1, 63},
+    {"cores", 1, 1 << 16},
+};
+inline constexpr int kMostThreads = 256;  ///< ranks of Communicator::local: memory grows with their square
+
+/// Throws Error(invalid_argument) for an option out of its range.
+void check_options(const CommOptions& options);
 
 /// One collective as the caller asks for it.
 struct Call {
@@ -75,7 +92,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   const CommOptions& options() const noexcept { return options_; }
 
   /// Makes a program known; `Call::program` is the number returned. Throws Error(invalid_argument) if it is not this
-  /// rank's.
+  /// rank's, Error(schedule) as check_ranges().
   int add_program(Program program);
   /// The program for calls up to `max_nbytes`; entries ascending.
   void set_choice(Collective collective, int root, std::vector<std::pair<size_t, int>> entries);
@@ -143,6 +160,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   const std::shared_ptr<const Program>& check_program(const Call& call) const;
   Signature sign(const Call& call, const Program& program, Processor processor);
   Job prepare(const Call& call, bool idle);
+  /// Throws where there is none and the plan needs some.
+  void check_memory_of(const Call& call, const Plan& plan) const;
   DeviceJob prepare_device(const Call& call);
   /// Throws where a rank that has left, whose device memory may be gone, is to send or receive. What it sent before was
   /// received before it left.

@@ -213,13 +213,18 @@ bool PointToPoint::round() {
   for (int peer = 0; peer < static_cast<int>(lanes_.size()); ++peer) {
     Lane& lane = lanes_[static_cast<size_t>(peer)];
     const bool left = comm_.interruption_.left[static_cast<size_t>(peer)].load(std::memory_order_acquire);
-    while (!lane.sends.empty()) {
-      Transfer& t = lane.sends.front();
-      if (!t.work->done()) moved |= advance_send(peer, t);
-      if (!t.work->done()) break;
-      lane.sends.pop_front();
+    try {
+      while (!lane.sends.empty()) {
+        Transfer& t = lane.sends.front();
+        if (!t.work->done()) moved |= advance_send(peer, t);
+        if (!t.work->done()) break;
+        lane.sends.pop_front();
+      }
+      moved |= advance_recvs(peer);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::peer_lost || !comm_.interruption_.has_left(peer)) throw;
+      throw_left(peer);
     }
-    moved |= advance_recvs(peer);
     const bool pending = !lane.idle() || !from_any_.empty();
     if (left && pending && (moved || !lane.farewell)) lane.farewell = Deadline::after(kFarewell_s);
     if (!lane.sends.empty()) look_at_clock(peer, lane.sends.front(), true);
@@ -228,6 +233,13 @@ bool PointToPoint::round() {
   }
   for (const Transfer& t : from_any_) look_at_clock(kAnyPeer, t, false);
   return moved;
+}
+
+void PointToPoint::throw_left(int peer) const {
+  const Lane& lane = lanes_[static_cast<size_t>(peer)];
+  const bool send = !lane.sends.empty();
+  const Transfer& t = send ? lane.sends.front() : lane.incoming ? *lane.incoming : lane.recvs.front();
+  throw Error(ErrorKind::peer_lost, where(t, peer, send) + ", which has closed its communicator");
 }
 
 void PointToPoint::look_at_clock(int peer, const Transfer& t, bool send) {

@@ -70,6 +70,8 @@ class PointToPoint final : public Runner, public std::enable_shared_from_this<Po
   void fail_unless_fit(int peer, const Transfer& recv, const Signature& head);
   /// Throws what ends the wait of `transfer`: its deadline, or a peer that has left.
   void look_at_clock(int peer, const Transfer& transfer, bool send);
+  /// Of a peer with something posted, which has left.
+  [[noreturn]] void throw_left(int peer) const;
   /// One round over everything posted; true if something moved. Fails transfers past their deadline.
   bool round();
   std::string where(const Transfer& transfer, int peer, bool send) const;

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -83,8 +84,15 @@ int Fd::release() noexcept {
   return fd;
 }
 
+std::string descriptor_limit() {
+  rlimit limit{};
+  ::getrlimit(RLIMIT_NOFILE, &limit);
+  return "this process may have " + std::to_string(limit.rlim_cur) + " descriptors open (ulimit -n)";
+}
+
 std::string system_message(const std::string& what, int error) {
-  return what + ": " + std::generic_category().message(error);
+  const std::string text = what + ": " + std::generic_category().message(error);
+  return error == EMFILE ? text + "; " + descriptor_limit() : text;
 }
 
 Fd checked_fd(int fd, const std::string& what) {

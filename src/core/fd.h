@@ -35,7 +35,9 @@ class Fd {
 
 /// Adopts what a system call returned; throws Error(error) "WHAT: No such file" if it is negative.
 Fd checked_fd(int fd, const std::string& what);
-/// "WHAT: Connection refused", from `error` (an errno value).
+/// "this process may have 256 descriptors open (ulimit -n)".
+std::string descriptor_limit();
+/// "WHAT: Connection refused", from `error` (an errno value); where descriptors have run out, with their limit.
 std::string system_message(const std::string& what, int error);
 /// A non-blocking eventfd at zero.
 Fd make_eventfd();

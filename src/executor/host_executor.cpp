@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <thread>
 
 #include "core/error.h"
 #include "core/fd.h"
@@ -33,9 +34,24 @@ constexpr size_t kBlock = 8 << 10;   // stays in the first-level cache
 // What a rank that only receives gets, if it is as large as this, leaves the cache before the caller reads it: stored
 // past the cache, its lines are not read first. Scatter of 16 MiB over 8 ranks on 2 cores takes 0.9 of the time.
 constexpr size_t kPastCache = 1 << 20;
-const Instruction kDraining{};  // for messages about the end of a job
+constexpr auto kGoodbye = std::chrono::milliseconds(200);  // for the news that a rank left, after its last bytes
+const Instruction kDraining{};                             // for messages about the end of a job
+
+std::string name_of_departure(const char* what, int peer) {
+  return std::string(what) + " rank " + std::to_string(peer) + ", which has closed its communicator";
+}
 
 }  // namespace
+
+bool Interruption::has_left(int peer) const {
+  const auto until = std::chrono::steady_clock::now() + kGoodbye;
+  const auto& flag = left[static_cast<size_t>(peer)];
+  while (!flag.load(std::memory_order_acquire)) {
+    if (stop.load(std::memory_order_acquire) || std::chrono::steady_clock::now() >= until) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
+}
 
 HostExecutor::HostExecutor(int rank, std::vector<Endpoint*> endpoints, std::vector<std::string> hosts,
                            Patience patience, const Interruption& interruption)
@@ -257,7 +273,8 @@ std::invoke_result_t<Attempt&> HostExecutor::until(const Job& job, const Instruc
     return wait_until(job, instruction, what, peer, attempt);
   } catch (const Error& error) {
     if (error.kind() == ErrorKind::timeout) throw;
-    throw Error(error.kind(), where(job, instruction) + ": " + error.what());
+    const bool left = error.kind() == ErrorKind::peer_lost && interruption_.has_left(peer);
+    throw Error(error.kind(), where(job, instruction) + ": " + (left ? name_of_departure(what, peer) : error.what()));
   }
 }
 
@@ -296,9 +313,7 @@ std::invoke_result_t<Attempt&> HostExecutor::wait_until(const Job& job, const In
       }
     } else {
       if (left && farewell == Clock::time_point::max()) farewell = Clock::now() + kFarewell;
-      if (Clock::now() >= farewell)
-        throw Error(ErrorKind::peer_lost,
-                    std::string(what) + " rank " + std::to_string(peer) + ", which has closed its communicator");
+      if (Clock::now() >= farewell) throw Error(ErrorKind::peer_lost, name_of_departure(what, peer));
       between_naps();
       if (const auto now = Clock::now(); now >= tell) {
         tell = now + kStillStuck;

@@ -42,6 +42,9 @@ struct Job {
 struct Interruption {
   std::atomic<bool> stop{false};
   std::unique_ptr<std::atomic<bool>[]> left;  ///< by rank
+  /// The data of `peer` have come to an end: whether that is because it left. The word comes on another connection, a
+  /// moment later at times; waits for it.
+  bool has_left(int peer) const;
   /// Called now and then by an operation that waits long: the others may be running another one.
   std::function<void(const Signature&)> stuck;
 };

@@ -1,6 +1,7 @@
 #include "schedule/plan.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <map>
 #include <numeric>
 #include <sstream>
@@ -15,6 +16,7 @@ namespace {
 constexpr size_t kAbsent = static_cast<size_t>(-1);
 constexpr size_t kLongestSlice = 256 << 10;
 constexpr size_t kLine = 64;  // slices start on cache lines where the chunk does
+constexpr size_t kAddressable = size_t{1} << 47;
 
 [[noreturn]] void fail(const Program& program, const std::string& what) {
   throw Error(ErrorKind::schedule, std::string(name_of(program.collective)) + "[" + program.name + "] rank " +
@@ -71,6 +73,7 @@ class PlanBuilder {
     order();
     write_after_send();
     check_queues();
+    check_extents();
   }
 
  private:
@@ -120,12 +123,32 @@ class PlanBuilder {
     }
   }
 
+  [[noreturn]] void refuse(const std::string& what) const {
+    throw Error(ErrorKind::invalid_argument, std::string(name_of(program_.collective)) + "[" + program_.name +
+                                                 "] rank " + std::to_string(program_.rank) + ": " + what);
+  }
+
+  /// The arithmetic below is safe for what a process can address.
+  void check_size(const std::vector<size_t>& blocks) const {
+    size_t left = kAddressable / plan_.element_;
+    for (size_t count : blocks) {
+      if (count > left || count > SIZE_MAX / static_cast<size_t>(program_.chunks))
+        refuse("more than the " + std::to_string(kAddressable) + " bytes that a process can address");
+      left -= count;
+    }
+  }
+
   void layout() {
     plan_.element_ = size_of(shape_.dtype);
     const bool by_block = shape_.blocks.size() > 1;
     if (program_.chunks < 1 || (by_block && program_.chunks % static_cast<int32_t>(shape_.blocks.size()) != 0))
       fail(program_, std::to_string(program_.chunks) + " chunks do not divide into " +
                          std::to_string(shape_.blocks.size()) + " blocks");
+    if (!shape_.output_blocks.empty() && shape_.output_blocks.size() != shape_.blocks.size())
+      refuse(std::to_string(shape_.output_blocks.size()) + " blocks of output, " +
+             std::to_string(shape_.blocks.size()) + " of input");
+    check_size(shape_.blocks);
+    check_size(shape_.output_blocks);
     plan_.chunks_ = plan_.input_chunks_ = plan_.output_chunks_ = cut(shape_.blocks);
     auto& in = plan_.input_chunks_;
     auto& out = plan_.output_chunks_;
@@ -176,7 +199,10 @@ class PlanBuilder {
     const size_t bytes = largest * plan_.element_;
     size_t slice = shape_.window_bytes / std::max(program_.volume, 1);
     slice = std::clamp<size_t>(slice / kLine * kLine, 1024, kLongestSlice);
-    plan_.tiles_ = static_cast<int32_t>(std::max<size_t>(1, (bytes + slice - 1) / slice));
+    const size_t tiles = std::max<size_t>(1, (bytes + slice - 1) / slice);
+    if (bytes > kAddressable || tiles > INT32_MAX || largest > SIZE_MAX / tiles)
+      refuse("blocks of " + std::to_string(bytes) + " bytes are too many slices of " + std::to_string(slice));
+    plan_.tiles_ = static_cast<int32_t>(tiles);
     plan_.slot_bytes_ = (bytes + kLine - 1) / kLine * kLine;
     plan_.levels_ = program_.levels;
     for (const Op& op : program_.ops) plan_.levels_ = std::max(plan_.levels_, op.level);
@@ -418,7 +444,8 @@ class PlanBuilder {
   }
 
   /// Emits pending value i.
-  void flush(size_t i) {
+  void flush(size_t i, size_t depth = 0) {
+    if (depth > ops_.size()) fail(program_, "messages of a pair must be taken in two orders at once");
     // Messages of one pair and level are taken in order: what came before goes first.
     for (bool again = true; again;) {
       again = false;
@@ -429,7 +456,7 @@ class PlanBuilder {
             if (j != i && other.source.peer == mine.source.peer && other.level == mine.level &&
                 other.order < mine.order) {
               const Region dst = pending_[i].dst;
-              flush(j);
+              flush(j, depth + 1);
               i = find(dst);
               if (i == pending_.size()) return;
               again = true;
@@ -544,6 +571,32 @@ class PlanBuilder {
     for (const Op& op : ops_)
       if (op.kind == OpKind::send) ++sends[op.peer];
     if (sends != planned) fail(program_, "lost a message while fusing");
+  }
+
+  /// Every instruction stays within the chunks that it names; notes which memory the plan needs.
+  void check_extents() const {
+    for (const Instruction& instruction : plan_.instructions_) {
+      for (const Source& source : instruction.sources)
+        if (source.peer < 0) check_extent(instruction, source.place);
+      if (instruction.has_place) check_extent(instruction, instruction.place);
+      for (const Destination& to : instruction.sends)
+        if (to.remote_chunk >= 0) check_extent(instruction, {Memory::output, to.remote_chunk});
+    }
+  }
+  void check_extent(const Instruction& instruction, const Place& place) const {
+    if (place.memory == Memory::scratch) return;
+    const bool output = place.memory == Memory::output;
+    const auto& layout = output ? plan_.output_chunks_ : plan_.input_chunks_;
+    for (int32_t j = 0; j < instruction.span; ++j) {
+      const auto& chunk = layout[static_cast<size_t>(place.chunk + j)];
+      const size_t count = plan_.sizes(instruction)[static_cast<size_t>(instruction.size_chunk + j)].count;
+      const std::string name = std::string(output ? "output" : "input") + "[" + std::to_string(place.chunk + j) + "]";
+      if (chunk.offset == kAbsent) fail(program_, "uses " + name + ", which this rank has not");
+      if (chunk.count != count)
+        refuse(name + " has " + std::to_string(chunk.count) + " elements, what goes there has " +
+               std::to_string(count));
+      if (count > 0) (output ? plan_.writes_output_ : plan_.reads_input_) = true;
+    }
   }
 
   const Program& program_;

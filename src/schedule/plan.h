@@ -70,7 +70,8 @@ struct Instruction {
 
 class Plan {
  public:
-  /// Throws Error(schedule) if the program cannot be bound (reads what nobody wrote, overruns the queue of a pair).
+  /// Throws Error(schedule) if the program cannot be bound (reads what nobody wrote, overruns the queue of a pair),
+  /// Error(invalid_argument) for blocks that do not fit it. The program passes check_ranges().
   Plan(const Program& program, const Shape& shape);
 
   const std::vector<Instruction>& instructions() const noexcept { return instructions_; }
@@ -80,6 +81,8 @@ class Plan {
   int32_t levels() const noexcept { return levels_; }
   int32_t in_flight() const noexcept { return in_flight_; }  ///< tiles under way at once
   int32_t messages() const noexcept { return messages_; }    ///< sent per tile
+  bool reads_input() const noexcept { return reads_input_; }
+  bool writes_output() const noexcept { return writes_output_; }
   /// Calls run(instruction, tile) for everything that there is to do, in order.
   template <class Run>
   void in_order(Run run) const {
@@ -142,6 +145,7 @@ class Plan {
   size_t slot_bytes_ = 0;
   int32_t scratch_slots_ = 0;
   int32_t tiles_ = 1, stride_ = 1, lag_ = 1, levels_ = 0, in_flight_ = 1, messages_ = 0;
+  bool reads_input_ = false, writes_output_ = false;
   std::vector<int32_t> level_begin_;
 };
 

@@ -52,4 +52,7 @@ struct Program {
   std::vector<Op> ops;
 };
 
+/// Throws Error(schedule) if an op names a chunk, rank, level or kind that there is not. Plans trust the ranges.
+void check_ranges(const Program& program);
+
 }  // namespace paracomm

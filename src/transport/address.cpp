@@ -10,6 +10,7 @@
 #include <fstream>
 
 #include "core/error.h"
+#include "core/text.h"
 
 namespace paracomm {
 namespace {
@@ -22,9 +23,9 @@ void put_number(std::string& out, uint32_t value) {
 }
 
 void put_text(std::string& out, const std::string& text) {
-  const size_t n = std::min(text.size(), kMaxText);
-  put_number(out, static_cast<uint32_t>(n));
-  out.append(text, 0, n);
+  const std::string kept = cut_text(text, kMaxText);
+  put_number(out, static_cast<uint32_t>(kept.size()));
+  out += kept;
 }
 
 /// Takes fields off the front of a blob; too few bytes are an error.

@@ -53,6 +53,7 @@ std::shared_ptr<Mapping> map_shared(Fd fd) {
   auto& entry = known[{info.st_dev, info.st_ino}];
   if (auto mapping = entry.lock()) return mapping;
   auto mapping = std::make_shared<Mapping>(std::move(fd));
+  mapping->drop_fd();
   entry = mapping;
   return mapping;
 }
@@ -77,9 +78,9 @@ Arena::Arena() : generation_(fork_generation()) {
 void* Arena::allocate(size_t nbytes) {
   if (generation_ != fork_generation())
     throw Error(ErrorKind::error, "arena: a forked child cannot allocate from its parent's arena");
-  const size_t need = (std::max<size_t>(nbytes, 1) + kGrain - 1) / kGrain * kGrain;
+  const size_t need = (std::clamp<size_t>(nbytes, 1, mapping_->size()) + kGrain - 1) / kGrain * kGrain;
   const std::lock_guard lock(mutex_);
-  for (auto it = free_.begin(); it != free_.end(); ++it) {
+  for (auto it = free_.begin(); it != free_.end() && nbytes <= need; ++it) {
     if (it->second < need) continue;
     const auto [offset, size] = *it;
     free_.erase(it);

@@ -23,7 +23,10 @@ class Mapping {
 
   std::byte* data() const noexcept { return data_; }
   size_t size() const noexcept { return size_; }
+  /// Negative after drop_fd().
   int fd() const noexcept { return fd_.get(); }
+  /// Gives the descriptor back; the memory stays mapped.
+  void drop_fd() noexcept { fd_.reset(); }
   bool contains(const void* p, size_t nbytes) const noexcept {
     const auto* b = static_cast<const std::byte*>(p);
     return b >= data_ && b < data_ + size_ && nbytes <= static_cast<size_t>(data_ + size_ - b);

@@ -16,6 +16,7 @@
 #include <thread>
 
 #include "core/deadline.h"
+#include "core/text.h"
 #include "transport/socket_address.h"
 
 namespace paracomm {
@@ -39,8 +40,8 @@ std::string pack(FrameType type, ErrorKind kind, const std::string& text) {
   FrameHeader header;
   header.type = type;
   header.error_kind = static_cast<uint32_t>(kind);
-  header.nbytes = static_cast<uint32_t>(std::min(text.size(), kMaxText));
-  return std::string(reinterpret_cast<const char*>(&header), sizeof header) + text.substr(0, header.nbytes);
+  header.nbytes = static_cast<uint32_t>(text.size());
+  return std::string(reinterpret_cast<const char*>(&header), sizeof header) + text;
 }
 
 bool is_valid(const FrameHeader& header) {
@@ -235,7 +236,7 @@ ControlPlane::ControlPlane(int rank, std::vector<ControlLink> links, Callback on
 ControlPlane::~ControlPlane() = default;
 
 void ControlPlane::broadcast_abort(ErrorKind kind, const std::string& text) {
-  impl_->send_to_all(pack(FrameType::abort, kind, text));
+  impl_->send_to_all(pack(FrameType::abort, kind, cut_text(text, kMaxText)));
 }
 
 void ControlPlane::broadcast_waiting(const Signature& signature) {

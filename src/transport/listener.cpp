@@ -54,7 +54,9 @@ SocketAddress address_towards(const std::string& host) {
   hints.ai_socktype = SOCK_DGRAM;
   addrinfo* list = nullptr;
   if (const int failure = ::getaddrinfo(host.c_str(), "9", &hints, &list); failure != 0) {
-    throw Error(ErrorKind::invalid_argument, "master address '" + host + "': " + ::gai_strerror(failure));
+    const std::string what = "master address '" + host + "'";
+    throw Error(ErrorKind::invalid_argument,
+                failure == EAI_SYSTEM ? system_message(what, errno) : what + ": " + ::gai_strerror(failure));
   }
   const std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)> owner(list, ::freeaddrinfo);
   int error = 0;
@@ -193,6 +195,9 @@ Fd recv_fd(const Fd& socket, Deadline deadline) {
       std::memcpy(&fd, CMSG_DATA(header), sizeof fd);
       received = Fd(fd);
     }
+    // The kernel drops a descriptor that there is no room for, and says no more than this.
+    if (tag == kFdTag && !received && (message.msg_flags & MSG_CTRUNC) != 0)
+      throw Error(ErrorKind::error, "a peer passed a descriptor and there is no room for it: " + descriptor_limit());
     if (tag != kFdTag || !received) throw Error(ErrorKind::security, "expected a descriptor, got other bytes");
     return received;
   }

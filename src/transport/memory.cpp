@@ -13,7 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
-#include <new>
 
 #include "core/error.h"
 #include "core/limits.h"
@@ -110,7 +109,8 @@ Segment::Segment(int local_ranks, const MemoryOptions& options, bool shared) : l
 #endif
   } else {
     plain_ = std::aligned_alloc(kSpacing, (size + kSpacing - 1) / kSpacing * kSpacing);
-    if (plain_ == nullptr) throw std::bad_alloc();
+    if (plain_ == nullptr)
+      throw Error(ErrorKind::error, "no memory for a segment of " + std::to_string(size) + " bytes");
     std::memset(plain_, 0, size - options.staging_bytes);
     data_ = static_cast<std::byte*>(plain_);
   }
@@ -123,6 +123,7 @@ Segment::Segment(int local_ranks, const MemoryOptions& options, Fd fd)
     throw Error(ErrorKind::mismatch, "a peer's shared-memory segment has " + std::to_string(mapping_->size()) +
                                          " bytes, expected " + std::to_string(bytes(local_ranks, options)) +
                                          ": do all ranks run the same version with the same options?");
+  mapping_->drop_fd();
 }
 
 Segment::~Segment() { std::free(plain_); }
@@ -142,7 +143,7 @@ std::byte* Segment::staging() const noexcept {
 
 MemoryEndpoint::MemoryEndpoint(MemoryPeer own, std::vector<MemoryPeer> peers, int world_size, MemoryOptions options)
     : arena_(Arena::process()), own_(std::move(own)), index_(static_cast<size_t>(world_size), -1), options_(options) {
-  local_ = own_.segment->fd() < 0;
+  local_ = !own_.segment->shared();
   staging_ = own_.segment->staging();
   fence_ = own_.segment->header().asymmetric == 0;
   for (MemoryPeer& peer : peers) {

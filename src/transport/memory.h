@@ -44,7 +44,12 @@ class Segment {
   Segment(int local_ranks, const MemoryOptions& options, Fd fd);
   ~Segment();
 
+  /// True: a memfd.
+  bool shared() const noexcept { return mapping_ != nullptr; }
+  /// Of a memfd of our own that was not dropped; else negative.
   int fd() const noexcept { return mapping_ ? mapping_->fd() : -1; }
+  /// Once all peers were passed the descriptor.
+  void drop_fd() noexcept { mapping_->drop_fd(); }
   MemoryHeader& header() const noexcept;
   MemoryCounter& consumed(int local_peer) const noexcept;
   MemorySlot* queue(int local_peer) const noexcept;

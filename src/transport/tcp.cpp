@@ -30,6 +30,8 @@ constexpr size_t kQueue = 64;            ///< messages to one peer that wait for
 constexpr size_t kMaxParts = 32;         ///< pieces of memory that one system call writes
 constexpr size_t kReadAhead = 8 * 1024;  ///< after a short message, the next ones come along
 constexpr size_t kShortMessage = 4 * 1024;
+constexpr size_t kDiscarded = 1 << 20;  ///< bytes that one system call reads when nobody wants them
+constexpr int kDiscards = 64;           ///< calls at most, of a socket whose peer goes on sending
 
 bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
 
@@ -137,6 +139,15 @@ class TcpEndpoint::Link {
   bool take_news() { return std::exchange(news_, false); }
 
   uint64_t payload() const { return payload_; }
+
+  /// What was sent still arrives: a socket that is closed with bytes unread would take it back, so they are read first.
+  void close() noexcept {
+    for (Fd& socket : peer_.sockets) {
+      for (int i = 0; i < kDiscards; ++i)
+        if (::recv(socket.get(), nullptr, kDiscarded, MSG_TRUNC | MSG_DONTWAIT) <= 0) break;
+      socket.reset();
+    }
+  }
 
  private:
   struct Message {
@@ -377,9 +388,23 @@ void TcpEndpoint::wait_any(std::span<const int> peers, std::chrono::microseconds
   if (polled_[1].revents != 0) ::eventfd_read(nudge_.get(), &nudges);
 }
 
-void TcpEndpoint::interrupt() noexcept { ::eventfd_write(interrupt_.get(), 1); }
+void TcpEndpoint::interrupt() noexcept {
+  const std::lock_guard lock(wakers_);
+  ::eventfd_write(interrupt_.get(), 1);
+}
 
-void TcpEndpoint::nudge() noexcept { ::eventfd_write(nudge_.get(), 1); }
+void TcpEndpoint::nudge() noexcept {
+  const std::lock_guard lock(wakers_);
+  ::eventfd_write(nudge_.get(), 1);
+}
+
+void TcpEndpoint::close() noexcept {
+  for (const auto& each : links_)
+    if (each) each->close();
+  const std::lock_guard lock(wakers_);
+  interrupt_.reset();
+  nudge_.reset();
+}
 
 uint64_t TcpEndpoint::bytes_sent(int peer) const { return link(peer).payload(); }
 

@@ -7,6 +7,7 @@
 #include <poll.h>
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,7 @@ class TcpEndpoint final : public Endpoint {
   void wait_any(std::span<const int> peers, std::chrono::microseconds at_most) override;
   void interrupt() noexcept override;
   void nudge() noexcept override;
+  void close() noexcept override;
   uint64_t bytes_sent(int peer) const override;
 
  private:
@@ -52,6 +54,7 @@ class TcpEndpoint final : public Endpoint {
   int rank_;
   TcpOptions options_;
   std::vector<std::unique_ptr<Link>> links_;  ///< by rank; empty where this transport does not reach
+  std::mutex wakers_;                         ///< close() takes from other threads what they wake with
   Fd interrupt_, nudge_;
   std::vector<pollfd> polled_;  ///< of the last wait: kept for its memory
 };

@@ -77,6 +77,9 @@ class Endpoint {
   /// Wakes a wait now; later ones sleep again. From any thread.
   virtual void nudge() noexcept = 0;
 
+  /// Gives descriptors back. After it nothing but interrupt(), nudge() and bytes_sent() is called.
+  virtual void close() noexcept {}
+
   /// Bytes of payload handed to `peer` since the start (without framing).
   virtual uint64_t bytes_sent(int peer) const = 0;
 };

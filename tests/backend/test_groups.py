@@ -109,11 +109,11 @@ def groups(rank: Rank) -> None:
 
 def test_what_the_dead_left_in_a_store() -> None:
     """Two ranks, twice over one Store, as when torchrun restarts its workers; the second time rank 1 comes late."""
-    shared, limit = dist.HashStore(), timedelta(seconds=20)
+    shared = dist.HashStore()
 
     def meet(rank: int) -> bytes:
         time.sleep(0.1 * rank)
-        store = fresh_store(shared, rank, 2, limit)
+        store = fresh_store(shared, rank, 2, time.monotonic() + 20)
         store.set(f"from {rank}", secrets.token_hex(4))
         return b"".join(bytes(store.get(f"from {r}")) for r in range(2))
 
@@ -122,7 +122,9 @@ def test_what_the_dead_left_in_a_store() -> None:
     assert first[0] == first[1] and second[0] == second[1] and first[0] != second[0]
     shared.set_timeout(timedelta(seconds=0.2))
     with pytest.raises(Timeout, match="rank 0 met not all 2"):
-        fresh_store(shared, 0, 2, timedelta(seconds=0.2))
+        fresh_store(shared, 0, 2, time.monotonic() + 0.2)
+    with pytest.raises(Timeout, match=r"rank 0 met not all 2 ranks in the Store .*: rank 1 did not come"):
+        fresh_store(dist.HashStore(), 0, 2, time.monotonic() + 0.2)
 
 
 def test_again() -> None:

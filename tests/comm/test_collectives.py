@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from paracomm import InvalidArgument
-from paracomm.schedule import Schedule, algorithm, verify
+from paracomm import InvalidArgument, ScheduleError
+from paracomm.schedule import Schedule, algorithm, build, verify
 from paracomm.schedule.registry import forget
 from tests.comm.cases import DTYPES, TRANSPORTS, run_over
 
@@ -185,6 +185,67 @@ def test_calls(transport: str, check: Any) -> None:
 @pytest.mark.parametrize("check", CHECKS[:-1], ids=lambda check: check.__name__)
 def test_calls_of_a_lonely_rank(check: Any) -> None:
     run_over("shm", 1, check)
+
+
+def half_a_sum(s: Schedule) -> None:
+    """Everything to rank 0, and nothing back."""
+    for rank in range(1, s.world_size):
+        s.reduce(s.at(rank), s.at(0))
+
+
+def runs_what_is_wrong(comm: Any) -> list[str]:
+    n = comm.world_size
+    own = Schedule("all_reduce", n)
+    half_a_sum(own)
+    ring = build("all_reduce", "ring", n)
+    outside = ring.ops.copy()
+    outside[0, 3] = 99
+    found = []
+    wrong = ["half_a_sum", own, ring.replaced(ring.ops[:-1]), ring.replaced(ring.ops[::-1]), ring.replaced(outside)]
+    for refused in wrong:
+        for _ in range(2):  # what was refused is not taken the second time
+            x = np.ones(1000, np.float32)
+            with pytest.raises(ScheduleError) as caught:
+                comm.all_reduce(x, algorithm=refused)
+            assert (x == 1).all()
+            found.append(str(caught.value))
+    before = comm.bytes_sent((comm.rank + 1) % n)
+    with pytest.raises(ScheduleError):
+        comm.use_table({"all_reduce": [[2**62, "half_a_sum", {}]]})
+    with pytest.raises(InvalidArgument, match="a name or a Schedule"):
+        comm.all_reduce(np.ones(3), algorithm=3)
+    assert before == comm.bytes_sent((comm.rank + 1) % n) == 0
+    comm.use_table(None)
+    assert comm.all_reduce(np.ones(3), algorithm=ring.replaced(ring.ops))[0] == n
+    assert comm.all_reduce(np.ones(3))[0] == n
+    return found
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_schedule_without_a_proof_does_not_run(transport: str) -> None:
+    algorithm("all_reduce", "half_a_sum")(half_a_sum)
+    try:
+        first, *others = run_over(transport, 3, runs_what_is_wrong)
+        assert all(other == first for other in others)
+        assert "[half_a_sum] world_size=3: 1.data[0] lacks the contribution of rank [0, 2]" in first[0]
+    finally:
+        forget("all_reduce", "half_a_sum")
+
+
+def test_whose_schedules_are_proved_again() -> None:
+    """Those of the package are proved by its tests; what was asked for with other parameters is not among them."""
+    assert (
+        build("broadcast", "chain", 4, 0).shipped and build("all_reduce", "hierarchical", 4, hosts=(0, 0, 1, 1)).shipped
+    )
+    assert not build("broadcast", "chain", 4, 0, pieces=3).shipped
+    assert not build("all_reduce", "ring", 4).replaced(build("all_reduce", "ring", 4).ops).shipped
+    algorithm("all_reduce", "ours")(gather_on_the_last)
+    try:
+        assert not build("all_reduce", "ours", 4).shipped
+    finally:
+        forget("all_reduce", "ours")
+    with pytest.raises(ValueError, match="read-only"):
+        build("all_reduce", "ring", 4).ops[0] = 0
 
 
 def gather_on_the_last(s: Schedule) -> None:

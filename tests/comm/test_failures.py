@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import paracomm
 from paracomm import _C, InvalidArgument, PeerLost, Timeout
 from paracomm.errors import Error
 from tests.comm.cases import connect, run_over
@@ -45,6 +46,45 @@ def one_stays_away(rank: Rank, transport: str, call: str) -> tuple[str, str]:
             rank.exchange(b"")
         rank.exchange(b"")
         return found
+
+
+LONG = "\N{GRINNING FACE}" * 3000  # 4 bytes each: more than travels
+
+
+def gives_up_in_many_words(comm: Any, why: str) -> tuple[str, str]:
+    if comm.rank == 0:
+        comm.abort(why)
+    return caught(lambda: comm.recv(np.ones(1), 1 - comm.rank, timeout_s=20))
+
+
+@pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
+@pytest.mark.parametrize("start", ["", "x", "xx", "xxx", "\udcff"])
+def test_a_text_is_cut_between_characters(transport: str, start: str) -> None:
+    ours, theirs = run_over(transport, 2, gives_up_in_many_words, start + LONG)
+    written = start.replace("\udcff", "\\udcff")
+    for kind, text in (ours, theirs):
+        assert kind == "Error" and f"rank 0: {written}{LONG[:900]}" in text and "\ufffd" not in text
+
+
+def renamed(rank: Rank) -> tuple[list[str], str]:
+    """A peer's host has a name that is no UTF-8, as sethostname() takes any bytes."""
+    own = os.uname().nodename.encode()
+
+    def exchange(blob: bytes) -> list[bytes]:
+        return [
+            each if peer == rank.rank else each.replace(own, b"\xff" * len(own), 1)
+            for peer, each in enumerate(rank.exchange(blob))
+        ]
+
+    with paracomm.connect(rank.rank, 2, exchange, host_id="a") as comm:
+        text = "" if rank.rank == 0 else caught(lambda: comm.recv(np.ones(1), 0, timeout_s=0.2))[1]
+        return comm.hosts, text
+
+
+def test_host_names_of_any_bytes() -> None:
+    (hosts, _), (_, text) = run_ranks(2, renamed)
+    assert hosts[1] == "\ufffd" * len(os.uname().nodename.encode())
+    assert "recv from rank 0 (\ufffd" in text
 
 
 @transports

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import resource
 import threading
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,10 @@ import pytest
 import torch
 
 import paracomm
-from tests.comm.cases import run_over
+from paracomm.comm.agreement import outcomes, read_for_all
+from paracomm.schedule import tune
+from tests.comm.cases import connect, run_over
+from tests.ranks import Rank, run_ranks
 
 transports = pytest.mark.parametrize("transport", ["local", "shm", "tcp", "mixed"])
 
@@ -97,6 +104,123 @@ def facts(comm: Any, transport: str) -> None:
 @transports
 def test_facts(transport: str) -> None:
     run_over(transport, 3, facts, transport)
+
+
+def open_descriptors() -> list[int]:
+    def is_open(number: int) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(os.fstat(number))
+        return False  # that of this very list
+
+    return sorted(number for number in map(int, os.listdir("/proc/self/fd")) if is_open(number))
+
+
+def comes_and_goes(rank: Rank, transport: str) -> list[int]:
+    """Descriptors before, and after each communicator that was closed while somebody still holds it."""
+    kept: list[Any] = []
+    counts: list[int] = []
+    for _ in range(3):
+        comm = connect(rank, transport)
+        group = comm.split(0)
+        work = group.all_reduce(np.ones(100_000), async_op=True)
+        (comm.send if rank.rank == 0 else comm.recv)(np.ones(1000), 1 - rank.rank)
+        assert work.wait()[0] == 2
+        rank.exchange(b"")
+        group.close()
+        comm.close()
+        kept += [comm, group, work]
+        for counts_now in range(2):  # threads share a table
+            rank.exchange(b"")
+            if counts_now == rank.rank:
+                counts.append(len(open_descriptors()))
+        rank.exchange(b"")
+    for comm in kept[::3]:
+        with pytest.raises(paracomm.Error, match="closed"):
+            comm.barrier()
+        assert comm.bytes_sent(1 - rank.rank) >= 0 and comm.transport(1 - rank.rank)
+        comm.abort()
+    return counts
+
+
+@transports
+def test_a_closed_communicator_keeps_no_descriptor(transport: str) -> None:
+    run = run_ranks if transport != "local" else lambda n, *rest: run_ranks(n, *rest, threads=True)
+    for first, *later in run(2, comes_and_goes, transport):
+        assert later == [first, first]  # the first one made what is the process's own
+
+
+def with_room_for(rank: Rank, room: int) -> str:
+    """A connect() in which rank 1 may open `room` more descriptors; whoever gives up early lets the other go on."""
+    rounds = 0
+
+    def exchange(blob: bytes) -> list[bytes]:
+        nonlocal rounds
+        rounds += 1
+        return rank.exchange(blob)
+
+    rank.exchange(b"")
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if rank.rank == 1:
+        free = (number for number in itertools.count() if number not in open_descriptors())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, room, None)), usual[1]))
+    found = ""
+    try:
+        paracomm.connect(rank.rank, 2, exchange, connect_timeout_s=2).close()
+    except paracomm.Error as error:
+        found = f"{type(error).__name__}: {error}"
+    resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    for _ in range(rounds, 2):
+        rank.exchange(b"")
+    return found
+
+
+def with_ever_more_room(rank: Rank) -> list[str]:
+    rank.connect().close()
+    return [with_room_for(rank, room) for room in range(8)]
+
+
+def test_the_limit_of_descriptors_is_named() -> None:
+    ours, theirs = run_ranks(2, with_ever_more_room)
+    enough = theirs.index("")
+    assert ours[-1] == theirs[-1] == "" and enough > 2 and not any(theirs[enough:])
+    assert all(text.startswith("Error: ") and "(ulimit -n)" in text for text in theirs[:enough]), theirs
+    assert all(ours[:enough]) and not any("SecurityError" in text for text in ours), ours
+
+
+def only_rank_0_reads(comm: Any, folder: str, kind: str) -> list[str]:
+    """A tuning table that cannot be used, and a job of rank 0 that fails otherwise."""
+    os.environ["XDG_CACHE_HOME"] = folder
+    path = tune.cache_path(comm.hosts[0], comm.host_indices)
+    if comm.rank == 0:
+        path.parent.mkdir(parents=True)
+        if kind == "a folder":
+            path.mkdir()
+        else:
+            path.write_bytes({"binary": b"\x80\xff", "nothing": b"{}", "deep": b"[" * 100_000}[kind])
+    found = []
+    for call in (
+        comm.use_cached_table,
+        lambda: outcomes(comm.exchange, lambda: 1 // (1 - comm.rank)),
+        lambda: read_for_all(comm.rank, comm.exchange, lambda: b"is no JSON"),
+        lambda: read_for_all(comm.rank, comm.exchange, comm.check if comm.rank else lambda: comm.transport(99)),
+    ):
+        with pytest.raises(paracomm.Error) as caught:
+            call()
+        found.append(f"{type(caught.value).__name__}: {caught.value}")
+    assert outcomes(comm.exchange, lambda: (comm.rank, "x")) == [[rank, "x"] for rank in range(comm.world_size)]
+    assert read_for_all(comm.rank, comm.exchange, lambda: {"a": None}) == {"a": None}
+    assert comm.all_reduce(np.ones(3))[0] == comm.world_size
+    return found
+
+
+@pytest.mark.parametrize("kind", ["binary", "nothing", "deep", "a folder"])
+def test_what_one_rank_reads_ends_the_same_way_on_all(kind: str, tmp_path: Path) -> None:
+    first, *others = run_over("shm", 3, only_rank_0_reads, str(tmp_path), kind)
+    assert all(other == first for other in others)
+    cache, division, encoding, typed = first
+    assert cache.startswith("InvalidArgument: rank 0: ") and "is no tuning table" in cache
+    assert division.startswith("Error: rank 1: ZeroDivisionError") and encoding.startswith("Error: rank 0: TypeError")
+    assert typed.startswith("InvalidArgument: rank 0: ")
 
 
 def child_of_a_fork(comm: Any) -> None:

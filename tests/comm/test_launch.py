@@ -6,12 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paracomm import init
-from paracomm.errors import Error
+from paracomm.errors import Error, InvalidArgument, Timeout
+from tests.ranks import Rank, run_ranks
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -83,3 +87,78 @@ def test_a_launcher_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(Error, match="mpi4py is not installed"):
         init()
+
+
+def joins(rank: Rank, seconds: float, address: str, absent: int) -> tuple[str, str, float]:
+    """init() that cannot succeed."""
+    os.environ["MASTER_ADDR"] = address
+    begin = time.monotonic()
+    if rank.rank == absent:
+        rank.exchange(b"")
+        return "", "", 0.0
+    try:
+        init(connect_timeout_s=seconds)
+    except Error as error:
+        found = type(error).__name__, str(error), time.monotonic() - begin
+        rank.exchange(b"")
+        return found
+    raise AssertionError("init() came to an end")
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_does_not_come(absent: int) -> None:
+    kind, text, took_s = run_ranks(2, joins, 1.5, "127.0.0.1", absent)[1 - absent]
+    assert kind == "Timeout" and f"rank {1 - absent} of 2 did not meet the others at MASTER_ADDR=127.0.0.1" in text
+    assert 1.0 < took_s < 2.5
+
+
+def test_an_address_that_cannot_be_resolved() -> None:
+    for kind, text, took_s in run_ranks(2, joins, 1.5, "no-such-host.invalid", -1):
+        assert kind == "Timeout" and "MASTER_ADDR=no-such-host.invalid" in text and took_s < 2.5
+
+
+def late(rank: Rank) -> str:
+    """The Store is there, and rank 1 is not."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    found = ""
+    if rank.rank == 0:
+        with pytest.raises(Timeout) as caught:
+            init(connect_timeout_s=0.5)
+        found = str(caught.value)
+    rank.exchange(b"")
+    dist.destroy_process_group()
+    return found
+
+
+def test_a_rank_that_does_not_call_init() -> None:
+    found, _ = run_ranks(2, late)
+    assert "rank 0 met not all 2 ranks in the Store in 0.5" in found and "rank 1 did not come" in found
+
+
+def again_and_again(rank: Rank) -> list[int]:
+    counts = []
+    for _ in range(4):
+        with init(connect_timeout_s=20) as comm:
+            assert comm.all_reduce(np.ones(3))[0] == 2
+        counts.append(len(os.listdir("/proc/self/fd")))
+        rank.exchange(b"")
+    return counts
+
+
+def test_one_store_for_all_of_a_process() -> None:
+    for first, *later in run_ranks(2, again_and_again):
+        assert later == [first] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "two"), ("RANK", "-1"), ("RANK", "5"), ("MASTER_PORT", "0"), ("MASTER_PORT", ""),
+                        ("MASTER_PORT", "99999"), ("MASTER_ADDR", "")],
+)  # fmt: skip
+def test_what_the_environment_says(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    for each, right in (usual | {name: value}).items():
+        monkeypatch.setenv(each, right)
+    with pytest.raises(InvalidArgument, match=name):
+        init(connect_timeout_s=1)

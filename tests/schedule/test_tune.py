@@ -1,6 +1,8 @@
 """Tables of choices: made, merged, kept, and refused when they are wrong."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,13 +104,47 @@ def test_kept_table_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         '{"format": 1, "table": {"all_reduce": [[4, "ring", {}]]}}',
         '{"format": 1, "table": {"all_reduce": [[4611686018427387904, "spiral", {}]]}}',
         '{"format": 1, "table": {"all_reduce": [[8, "ring", {}], [4, "ring", {}]]}}',
+        "",
+        "{}",
+        "null",
+        '"a"',
+        "[" * 100_000,
+        '{"a": ' * 100_000,
+        b"\x80\xff\x00",
+        '{"format": 1, "table": []}',
+        '{"format": 1, "table": {"all_reduce": 5}}',
+        '{"format": 1, "table": {"all_reduce": {"a": 1}}}',
+        '{"format": 1, "table": {"all_reduce": []}}',
+        '{"format": 1, "table": {"sum_it_up": [[4611686018427387904, "ring", {}]]}}',
+        '{"format": 1, "table": {"all_reduce": [[4611686018427387904, ["ring"], {}]]}}',
+        '{"format": 1, "table": {"all_reduce": [[4611686018427387904, "ring"]]}}',
+        '{"format": 1, "table": {"all_reduce": [[4611686018427387904, "ring", []]]}}',
+        '{"format": 1, "table": {"all_reduce": [[1e300, "ring", {}]]}}',
+        '{"format": 1, "table": {"all_reduce": [[true, "ring", {}], [4611686018427387904, "ring", {}]]}}',
+        '{"format": 1, "table": {"all_reduce": [[340282366920938463463374607431768211456, "ring", {}]]}}',
+        "a folder",
+        "a pipe",
     ],
 )
-def test_a_file_that_is_no_table_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_table_is_named(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "table.json"
-    path.write_text(text)
+    if text == "a folder":
+        path.mkdir()
+    elif text == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InvalidArgument, match=r"table\.json"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "params", [{"spin": 1}, {"pieces": "x"}, {"pieces": -1}, {"pieces": 0}, {"pieces": {}}, {"pieces": [1]},
+               {"pieces": 1e9}, {"pieces": 2**60}, {"pieces": None}],
+)  # fmt: skip
+def test_parameters_that_an_algorithm_does_not_take(params: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument):
+        build("broadcast", "chain", 4, 0, **params)
 
 
 def test_lookup_outside_the_table() -> None:

@@ -151,6 +151,37 @@ def other_text(rank: Rank, config: TrainConfig, folder: Path) -> None:
     run(replace(config, data=path), MeshReplicas(comm=rank.connect()))
 
 
+def one_cannot(rank: Rank, config: TrainConfig, folder: Path, what: str) -> None:
+    """Of text, of a checkpoint, of rank 0's folder for metrics."""
+    own = folder / str(rank.rank)
+    config = replace(config, runs=own)
+    if what == "text" and rank.rank == 1:
+        config = replace(config, data=own / "nowhere")
+    if what == "checkpoint":
+        config = replace(config, resume=True)
+        if rank.rank == 1:
+            (config.checkpoints / "step-00000001").mkdir(parents=True)
+    if what == "folder" and rank.rank == 0:
+        own.write_text("a file")
+    run(config, MeshReplicas(comm=rank.connect()))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("text", "InvalidArgument: rank 1: train: no file or folder"),
+        ("checkpoint", "InvalidArgument: rank 0: train: nothing to resume"),
+        ("folder", "Error: rank 0: "),
+    ],
+)
+def test_what_one_rank_cannot_read_ends_the_run_alike_on_all(config, tmp_path, what, message):
+    first, other = (
+        f"{type(outcome.error).__name__}: {outcome.error}"
+        for outcome in rank_outcomes(2, one_cannot, config, tmp_path, what)
+    )
+    assert first == other and first.startswith(message)
+
+
 def test_different_text_on_ranks_is_named(config, tmp_path):
     for outcome in rank_outcomes(2, other_text, config, tmp_path):
         assert isinstance(outcome.error, Error) and "text" in str(outcome.error), outcome.failure

@@ -130,6 +130,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+LARGEST = 1 << 40
 
 
 def parse_size(text: str) -> int:
@@ -137,16 +138,20 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+)([KMG]?)(i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise InvalidArgument(f"size '{text}' is not a number of bytes such as 8, 64K, 4M or 1G")
-    return int(match[1]) * UNITS[match[2].upper()]
+    nbytes = int(match[1]) * UNITS[match[2].upper()]
+    if nbytes > LARGEST:
+        raise InvalidArgument(f"size '{text}' is more than the 1024G that can be asked for")
+    return nbytes
 
 
 def parse_sizes(text: str, factor: int = 2) -> list[int]:
     """'8:256M' -> 8, 16, ..., 268435456 in steps of `factor` ('8:256M:4' sets it); '8,1K,64M' -> these."""
     if ":" not in text:
-        return [parse_size(part) for part in text.split(",") if part]
+        return [parse_size(part) for part in text.split(",")]
     first, last, *step = text.split(":")
     low, high = parse_size(first), parse_size(last)
-    factor = int(step[0]) if step and step[0].isdecimal() else factor
+    if step:
+        factor = int(step[0]) if re.fullmatch(r"[0-9]{1,9}", step[0]) else 0
     if low < 1 or high < low or factor < 2 or len(step) > 1:
         raise InvalidArgument(f"sizes '{text}' are not FIRST:LAST[:FACTOR] with 0 < FIRST <= LAST and FACTOR >= 2")
     sizes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from paracomm.cli.contest import report
 from paracomm.cli.contest.launch import Place
 from paracomm.cli.ddp.case import ENGINES, PLAIN, Arrangement, Job
 from paracomm.cli.ddp.run import picture, run, table
+from paracomm.cli.options import count, parts, real
 from paracomm.errors import InvalidArgument
 from paracomm.hooks import HOOKS
 
@@ -22,14 +24,14 @@ WIDTH = 100
 def ddp(
     engines: Annotated[str, typer.Option(help=f"any of {', '.join(ENGINES)}")] = "paracomm,gloo",
     hooks: Annotated[str, typer.Option(help=f"{PLAIN}, {', '.join(HOOKS)}, torch:FUNCTION")] = "plain,int8,int4",
-    ranks: Annotated[int, typer.Option(help="processes")] = 2,
+    ranks: Annotated[int, count("processes", most=1024)] = 2,
     hosts: Annotated[str, typer.Option(help="of each rank (0,0,1,1), emulated by bench/hosts.sh; empty: here")] = "",
-    steps: Annotated[int, typer.Option(help="timed steps, after the hooks' own warm-up")] = 40,
-    width: Annotated[int, typer.Option(help="of the model")] = 128,
-    depth: Annotated[int, typer.Option(help="of the model")] = 4,
-    context: Annotated[int, typer.Option(help="bytes a sequence")] = 128,
-    batch: Annotated[int, typer.Option(help="sequences a step, over all ranks")] = 12,
-    bucket_mib: Annotated[float, typer.Option(help="size of a bucket")] = 2.0,
+    steps: Annotated[int, count("timed steps, after the hooks' own warm-up")] = 40,
+    width: Annotated[int, count("of the model")] = 128,
+    depth: Annotated[int, count("of the model")] = 4,
+    context: Annotated[int, count("bytes a sequence")] = 128,
+    batch: Annotated[int, count("sequences a step, over all ranks")] = 12,
+    bucket_mib: Annotated[float, real("size of a bucket", above=0)] = 2.0,
     json: Annotated[Path | None, typer.Option(help="append JSON lines to this file")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw a picture (.png, .svg, .pdf); needs matplotlib")] = None,
 ) -> None:
@@ -42,7 +44,7 @@ def ddp(
     console = Console(stderr=True)
     try:
         arrangements = _arrangements(engines, hooks)
-        place = Place(ranks, tuple(int(host) for host in filter(None, hosts.split(","))))
+        place = Place(ranks, tuple(parts(hosts, "--hosts", _host) if hosts else ()))
         if place.hosts and len(place.hosts) != ranks:
             raise InvalidArgument(f"{len(place.hosts)} hosts are given for {ranks} ranks")
         if plot is not None:
@@ -68,6 +70,12 @@ def ddp(
             if outcome.trouble:
                 typer.echo(f"{outcome.arrangement.label}: {outcome.trouble}", err=True)
         raise typer.Exit(1)
+
+
+def _host(text: str) -> int:
+    if not re.fullmatch(r"\d{1,4}", text):
+        raise ValueError(f"a host is a number from 0 on, got {text!r}")
+    return int(text)
 
 
 def _arrangements(engines: str, hooks: str) -> list[Arrangement]:
