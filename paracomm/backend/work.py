@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from paracomm import background
+from paracomm.comm.compiled import untraced
 from paracomm.comm.streams import SideStream, event_after
 from paracomm.errors import Timeout
 
@@ -308,3 +309,5 @@ _unsettled: set[Work] = set()
 _settled_last: deque[dist.Work] = deque(maxlen=16)
 _futures = threading.Lock()
 COMPLETED = _Completed()
+for kind in (Work, DeviceWork, _Completed):
+    untraced(kind)
