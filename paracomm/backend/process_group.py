@@ -472,7 +472,10 @@ untraced(ProcessGroup, calls_too=False)
 def _asked_by_reducer() -> bool:
     """Whether C++ called us inside a backward pass: DistributedDataParallel, which asks for the future at once. On one
     host that is waited for (see Work.get_future), and to run the operation right here saves two changes of thread."""
-    return sys._getframe(2).f_code.co_name == "_engine_run_backward"
+    try:
+        return sys._getframe(2).f_code.co_name == "_engine_run_backward"
+    except ValueError:  # a thread of C++, which runs a backward pass of distributed autograd or of a GPU
+        return True
 
 
 def op_name(op: Any) -> str:
