@@ -35,6 +35,7 @@ from paracomm.backend.work import (
     seconds,
 )  # fmt: skip
 from paracomm.comm import Communicator
+from paracomm.comm.compiled import untraced
 from paracomm.errors import InvalidArgument
 from paracomm.timeline import record
 
@@ -416,6 +417,10 @@ class ProcessGroup(dist.ProcessGroup):
     alltoall_base = all_to_all_single
     allgather_into_tensor_coalesced = all_gather_single_coalesced
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+
+# What torch knows of a process group (its name, its size), it takes into its graphs.
+untraced(ProcessGroup, calls_too=False)
 
 
 def op_name(op: Any) -> str:

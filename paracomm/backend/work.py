@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from paracomm import background
+from paracomm.comm.compiled import untraced
 from paracomm.comm.streams import SideStream
 
 Tensors = list[torch.Tensor]
@@ -369,3 +370,5 @@ _kept: set[Any] = set()
 _last: deque[Any] = deque(maxlen=16)
 _kept_lock, _futures, _promises = threading.RLock(), threading.RLock(), threading.Lock()
 COMPLETED = _Completed()
+for kind in (_Whole, Work, DeviceWork, _Completed):
+    untraced(kind)

@@ -42,6 +42,7 @@ from paracomm.comm.arrays import (
     unpack,
     view,
 )  # fmt: skip
+from paracomm.comm.compiled import untraced
 from paracomm.comm.device import Device, Lane
 from paracomm.comm.work import Work
 from paracomm.errors import InvalidArgument
@@ -100,6 +101,8 @@ class Communicator:
         self.world_size: int = core.world_size
         if self.world_size > 0:
             self._choose("all_reduce", None, 0)
+        for kind in (Communicator, Work, device.DeviceWork):
+            untraced(kind)
         _open.add(self)
 
     # --- who is here ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import inspect
 import os
 import secrets
@@ -295,7 +296,20 @@ def futures(rank: Rank) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("check", [messages, futures])
+def no_frames(rank: Rank) -> None:
+    """A call in a thread that has no Python frame below it: DDP's, in a backward pass of distributed autograd, or of a
+    GPU."""
+    dist.init_process_group("paracomm")
+    x = torch.ones(1)
+    _thread.start_new_thread(dist.group.WORLD.allreduce, ([x],))
+    deadline = time.monotonic() + 20
+    while x.item() == 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert x.item() == rank.world_size
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("check", [messages, futures, no_frames])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_operations(world_size: int, check: Any) -> None:
     run_ranks(world_size, check)

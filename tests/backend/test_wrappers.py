@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which DDP imports: once here, and not on every rank
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import Rank, run_ranks
@@ -252,6 +253,50 @@ def functional(rank: int, world_size: int) -> None:
     assert y.grad.tolist() == [(rank + 1.0) * world_size] * 2
 
 
+def compiled(rank: int, world_size: int) -> None:
+    """Calls between the graphs of a compiled program: they run as they are, the second time too."""
+    comm, peer = dist.group.WORLD.comm, (rank + 1) % world_size
+
+    def all_reduce(x: torch.Tensor) -> torch.Tensor:
+        work = dist.all_reduce(x, async_op=True)
+        work.wait()
+        return x + 1
+
+    def future(x: torch.Tensor) -> torch.Tensor:
+        return dist.all_reduce(x, async_op=True).get_future().wait()[0] + 1
+
+    def scatter(x: torch.Tensor) -> torch.Tensor:
+        dist.scatter(out := torch.empty(2), [x[:2] + r for r in range(world_size)] if rank == 0 else None)
+        return out + 1
+
+    def exchange(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        ops = [dist.P2POp(dist.isend, x, peer), dist.P2POp(dist.irecv, out, (rank - 1) % world_size)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        return out + 1
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        return comm.all_reduce(x * 2, async_op=True).wait() + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch itself, about its own pybind classes
+        for call in (all_reduce, future, scatter, exchange, own):
+            run = torch.compile(call, backend="eager")
+            for i in range(2):
+                assert run(torch.full((4,), rank + 1.0 + i)).tolist() == call(torch.full((4,), rank + 1.0 + i)).tolist()
+
+        torch.manual_seed(0)
+        model = nn.Linear(8, 3)
+        wrapped = DDP(copy.deepcopy(model))
+        alike = DDP(model)
+        run = torch.compile(wrapped, backend="eager")  # its second forward broadcasts the buckets' new order
+        for step in range(3):
+            run(batch(rank, step)).sum().backward()
+            alike(batch(rank, step)).sum().backward()
+    assert [p.grad.tolist() for p in wrapped.parameters()] == [p.grad.tolist() for p in alike.parameters()]
+
+
 def sync_batch_norm(rank: int, world_size: int) -> None:
     """torch itself refuses it on a CPU; a model that holds it still runs where it needs no statistics of others."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3)))
@@ -270,7 +315,7 @@ def in_world(rank: Rank, check: Callable[..., None], *args: Any) -> None:
 
 CHECKS = [
     ddp, ddp_no_sync_and_join, ddp_mixed_precision_and_sparse, ddp_hooks, zero, fsdp1, fully_sharded, tensor_parallel,
-    pipeline, functional, sync_batch_norm,
+    pipeline, functional, compiled, sync_batch_norm,
 ]  # fmt: skip
 
 
