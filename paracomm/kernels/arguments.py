@@ -1,0 +1,77 @@
+"""What every operation asks of its arguments, before any backend sees them."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from paracomm.errors import InvalidArgument
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""float64 has no kernels, see select.py."""
+
+
+def expect_tensors(name: str, given: dict[str, Any], optional: dict[str, Any] | None = None) -> None:
+    """Raises InvalidArgument unless all are dense floating-point tensors on one device; those of `optional` or None."""
+    present = given | {key: x for key, x in (optional or {}).items() if x is not None}
+    first: Tensor | None = None
+    for key, x in present.items():
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(f"{name}: {key} is {type(x).__name__}, expected a tensor")
+        if x.dtype not in FLOATING:
+            raise InvalidArgument(f"{name}: {key} is {x.dtype}, expected float32, float16, bfloat16 or float64")
+        if x.layout != torch.strided or x.is_nested:
+            raise InvalidArgument(f"{name}: {key} is {x.layout}, expected a dense tensor")
+        first = x if first is None else first
+        if x.device != first.device:
+            raise InvalidArgument(
+                f"{name}: {key} is {x.dtype} on {x.device}, expected {first.dtype} on {first.device} as "
+                f"{next(iter(present))}"
+            )
+
+
+def expect_indices(name: str, key: str, x: Any, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raises InvalidArgument unless x is a tensor of that dtype and shape on like's device."""
+    kind = str(dtype).removeprefix("torch.")
+    if not isinstance(x, Tensor):
+        raise InvalidArgument(f"{name}: {key} is {type(x).__name__}, expected {kind} {list(shape)}")
+    if x.dtype != dtype or x.shape != shape:
+        raise InvalidArgument(f"{name}: {key} {x.dtype} {list(x.shape)}, expected {kind} {list(shape)}")
+    if x.device != like.device:
+        raise InvalidArgument(f"{name}: {key} on {x.device}, expected on {like.device}")
+
+
+def is_integer(x: Any) -> bool:
+    """bool is none."""
+    return isinstance(x, (Integral, torch.SymInt)) and not isinstance(x, bool)
+
+
+def expect_positive(name: str, **values: Any) -> None:
+    """Raises InvalidArgument for one that is given and not a finite number above 0."""
+    for option, value in values.items():
+        if value is None:
+            continue
+        number = isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+        if not number or not value > 0 or value == math.inf:
+            raise InvalidArgument(f"{name}: {option} is {value}, expected more than 0 and finite")
+
+
+def expect_window(name: str, window: int | None) -> None:
+    if window is not None and not is_integer(window):
+        raise InvalidArgument(f"{name}: window is {window!r}, expected an integer")
+    expect_positive(name, window=window)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values may be looked at at once: those of a CPU, and not while they are traced, faked or transformed."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not isinstance(x, FakeTensor)
+    )
