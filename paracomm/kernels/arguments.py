@@ -40,6 +40,8 @@ def expect_indices(name: str, key: str, x: Any, dtype: torch.dtype, shape: tuple
     kind = str(dtype).removeprefix("torch.")
     if not isinstance(x, Tensor):
         raise InvalidArgument(f"{name}: {key} is {type(x).__name__}, expected {kind} {list(shape)}")
+    if x.layout != torch.strided:
+        raise InvalidArgument(f"{name}: {key} is {x.layout}, expected a dense tensor")
     if x.dtype != dtype or x.shape != shape:
         raise InvalidArgument(f"{name}: {key} {x.dtype} {list(x.shape)}, expected {kind} {list(shape)}")
     if x.device != like.device:
@@ -73,5 +75,10 @@ def readable(x: Tensor) -> bool:
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and not isinstance(x, FakeTensor)
+        and not without_values(x)
     )
+
+
+def without_values(x: Tensor) -> bool:
+    """Whether x has a shape and nothing else."""
+    return x.device.type == "meta" or isinstance(x, FakeTensor)

@@ -24,6 +24,7 @@ from paracomm.kernels.arguments import (
     expect_window,
     is_integer,
     readable,
+    without_values,
 )
 from paracomm.kernels.autocast import autocast_dtype, autocast_off, cast
 
@@ -222,11 +223,7 @@ def _check(
         if not isinstance(cu, Tensor) or cu.dtype != torch.int32 or cu.dim() != 1 or len(cu) < 1:
             kind = f"{cu.dtype} {list(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
             raise InvalidArgument(f"attention: {name} is {kind}, expected int32 [B + 1], equally long")
-        if cu.shape != cu_q.shape or cu.device != q.device:
-            raise InvalidArgument(
-                f"attention: {name} is {cu.dtype} {list(cu.shape)} on {cu.device}, expected int32 {list(cu_q.shape)}, "
-                f"equally long, on {q.device}"
-            )
+        expect_indices("attention", name, cu, torch.int32, tuple(cu_q.shape), q)
     if q.shape[0] != 1:
         raise InvalidArgument(f"attention: q {list(q.shape)} with cu_q, expected [1, H, sum of lengths, K]")
     for name, cu, total, most in (("cu_q", cu_q, q.shape[2], max_q), ("cu_k", cu_k, k.shape[2], max_k)):
@@ -277,9 +274,11 @@ def _sequences(q: Tensor, k: Tensor, o: _Options) -> list[tuple[slice, slice, Dr
     """Of sequences behind each other: (queries, keys, dropout) of each, at least one, which may be empty."""
     assert o.cu_q is not None and o.cu_k is not None
     found, dropout = [], o.dropout()
-    edges_q, edges_k = o.cu_q.tolist(), o.cu_k.tolist()
-    _check_edges("cu_q", edges_q, q.shape[2], o.max_q)
-    _check_edges("cu_k", edges_k, k.shape[2], o.max_k)
+    edges_q, edges_k = [0, q.shape[2]], [0, k.shape[2]]  # of which shapes follow, where there are no values
+    if not without_values(o.cu_q):
+        edges_q, edges_k = o.cu_q.tolist(), o.cu_k.tolist()
+        _check_edges("cu_q", edges_q, q.shape[2], o.max_q)
+        _check_edges("cu_k", edges_k, k.shape[2], o.max_k)
     for b, ((q0, q1), (k0, k1)) in enumerate(
         zip(itertools.pairwise(edges_q), itertools.pairwise(edges_k), strict=True)
     ):
@@ -403,6 +402,8 @@ def keep_mask(seed: int, stream: int, step: int, base: Tensor, offsets: Tensor, 
     """
     if not 0.0 <= p < 1.0:
         raise InvalidArgument(f"keep_mask: p is {p}, expected 0 <= p < 1")
+    for name, given in (("base", base), ("offsets", offsets)):
+        expect_indices("keep_mask", name, given, torch.int64, tuple(given.shape), base)
     threshold = reference.threshold(p)
     if base.numel() and len(offsets) and select.runs(torch.empty(0, device=base.device)):
         from paracomm.kernels.attention_launch import launch_keep_mask

@@ -48,10 +48,8 @@ class Attention:
         self.B = q.shape[0] if o.cu_q is None else len(o.cu_q) - 1
         self.T, self.S = o.max_q, o.max_k
         expect_launchable("attention", self.B, self.H)
-        self.pointers = [
-            None if o.key_mask is None else o.key_mask.contiguous(),
-            *(o.cu_q, o.cu_k, o.rows, o.q_positions, o.k_positions),
-        ]
+        given = (o.key_mask, o.cu_q, o.cu_k, o.rows, o.q_positions, o.k_positions)
+        self.pointers = [None if x is None else x.contiguous() for x in given]
         capped, dropped = o.softcap != 0.0, o.rows is not None
         # Capped scores leave `bent` in units of log2; others are scaled within the exponent.
         self.scales = (1.0, o.softcap * LOG2E, o.scale / o.softcap) if capped else (o.scale * LOG2E, 1.0, 1.0)
