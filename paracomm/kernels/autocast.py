@@ -1,4 +1,4 @@
-"""Autocast, as torch's own operations do it: products in its dtype, norms on a GPU in float32, the rest promotes.
+"""Autocast, as torch's own operations do it: products in its dtype, norms on a GPU in float32, sums promote.
 
 An operation casts its inputs and then computes with autocast off, so that what it documents as float32 is that.
 """

@@ -31,8 +31,8 @@ def add_norm(
     rounded to x's dtype before its statistics are taken in float32. Differentiable in all four; deterministic.
     Raises InvalidArgument unless the tensors have one dtype and device and these shapes, and eps >= 0.
 
-    Under autocast dtypes may differ, as of torch's own sum and norms: the sum is of the wider of its two, and normed
-    is float32 on a GPU; on a CPU of the widest, or, by LayerNorm, of the sum's.
+    Under autocast dtypes may differ, as of torch's own sum and norms: the sum is of the wider of its two, and normed of
+    the sum's on a CPU, float32 on a GPU.
     """
     expect_tensors("add_norm", {"x": x, "weight": weight}, {"residual": residual, "bias": bias})
     if autocast_dtype(x) is not None:
@@ -55,7 +55,7 @@ def _promoted(
         x, residual = x + residual, None
     tensors = [None if t is None else t.to(wide) for t in (x, residual, weight, bias)]
     normed, total = add_norm(*tensors, eps=eps, kind=kind)  # type: ignore[arg-type]
-    return normed if gpu or kind == "rms" else normed.to(summed), total if residual is not None else x
+    return normed if gpu else normed.to(summed), total if residual is not None else x
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paracomm import kernels
@@ -129,3 +130,87 @@ def _heads_of_models() -> list[Case]:
 
 
 CASES = [*_norms(), *_mlps(), *_heads(), *_heads_of_models()]
+
+
+# --- autocast ---
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cosine + torch.cat([-high, low], -1) * sine
+
+
+def counterparts() -> dict[str, tuple[Function, Function, tuple[tuple[int, ...], ...]]]:
+    """By name: ours, the same of torch's operations, and shapes."""
+    x, w, b, y, d, q = (2, 3, 16), (8, 16), (8,), (2, 3, 8), (16,), (1, 2, 4, 16)
+    targets = torch.tensor([0, 3, -100, 7, 1, 2])
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w, b), targets, reduction="sum")
+
+    def part(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(x, w)
+        return logits.float().logsumexp(1), logits.float().gather(1, targets.clamp(min=0)[:, None])[:, 0]
+
+    def add_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return F.layer_norm(x + r, d, w, b), x + r
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    return {
+        "linear": (
+            lambda x, w, b, r: kernels.linear(x, w, b, "gelu", r), lambda x, w, b, r: F.gelu(F.linear(x, w, b)) + r,
+            (x, w, b, y),
+        ),
+        "glu": (kernels.glu, lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u), (x, w, w)),
+        "gated": (kernels.gated, lambda g, u: F.silu(g) * u, (y, y)),
+        "activate": (lambda x: kernels.activate(x, "silu"), F.silu, (x,)),
+        "add rms": (kernels.add_norm, lambda x, r, w: (F.rms_norm(x + r, d, w, 1e-5), x + r), (x, x, d)),
+        "add layer": (lambda x, r, w, b: kernels.add_norm(x, r, w, b, kind="layer"), add_norm, (x, x, d, d)),
+        "rms": (lambda x, w: kernels.add_norm(x, None, w)[0], lambda x, w: F.rms_norm(x, d, w, 1e-5), (x, d)),
+        "rotary": (kernels.rotary, _rotated, (q, (4, 16), (4, 16))),
+        "attention": (lambda q, k, v: kernels.attention(q, k, v)[0], attention, (q, q, q)),
+        "decode": (lambda q, k, v: kernels.decode(q, k, v, 4, need_lse=False)[0], attention, ((1, 2, 1, 16), q, q)),
+        "head": (lambda x, w, b: kernels.linear_cross_entropy(x, w, b, targets)[0], loss, ((6, 16), w, b)),
+        "part": (lambda x, w: kernels.partial_cross_entropy(x, w, None, targets.clamp(min=0)), part, ((6, 16), w)),
+    }  # fmt: skip
+
+
+MIXTURES = {"float32": (), "bfloat16 first": (0,), "bfloat16 second": (1,), "bfloat16": (0, 1, 2, 3)}
+"""Inputs that are bfloat16 already."""
+
+
+def check_autocast(name: str, mixture: str, backend: kernels.Backend) -> None:
+    """Asserts dtypes as of the counterpart, of outputs and gradients, and values within a rounding of bfloat16."""
+    ours, theirs, shapes = counterparts()[name]
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
+    inputs = [x.bfloat16() if i in MIXTURES[mixture] else x for i, x in enumerate(inputs)]
+    results = []
+    for function in (ours, theirs):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with kernels.backend(backend), torch.autocast("cpu", torch.bfloat16):
+            outputs = function(*leaves)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = torch.autograd.grad([y.float().sin().sum() for y in outputs], leaves)
+        results.append([*outputs, *grads])
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        top = max(1.0, float(expected.detach().abs().max()))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.04 * top)
+
+
+def check_lse(backend: kernels.Backend) -> None:
+    """Of bfloat16 inputs, but float32 and computed as such."""
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, 2, 5, 16, generator=generator) for _ in range(3))
+    rounded = (q.bfloat16().double(), k.bfloat16().double())
+    exact = ((rounded[0] @ rounded[1].mT) / 4).logsumexp(-1)
+    edges = torch.tensor([0, 5], dtype=torch.int32)
+    with kernels.backend(backend), torch.autocast("cpu", torch.bfloat16):
+        found = [
+            kernels.attention(q, k, v), kernels.attention(q, k, v, cu_q=edges, cu_k=edges, max_q=5, max_k=5),
+        ]  # fmt: skip
+        one = kernels.decode(q[:, :, -1:], k, v)
+    for out, lse in (*found, one):
+        assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+        torch.testing.assert_close(lse.double(), exact[:, :, -lse.shape[2] :], rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from paracomm.errors import Error
 from paracomm.kernels import attention_backward, derivatives
-from tests.kernels.operations import CASES, Case
+from tests.kernels.operations import CASES, MIXTURES, Case, check_autocast, check_lse, counterparts
 
 
 def outputs(case: Case, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -98,3 +98,13 @@ def test_what_cannot_be_differentiated_says_so() -> None:
     torch.autograd.grad(Doubled.apply(q).sum(), q)
     with pytest.raises(Error, match=r"Doubled: .* create_graph=True, expected False"):
         torch.autograd.grad(Doubled.apply(q).sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("name", counterparts())
+def test_autocast(name: str, mixture: str) -> None:
+    check_autocast(name, mixture, "eager")
+
+
+def test_autocast_leaves_lse_in_float32() -> None:
+    check_lse("eager")

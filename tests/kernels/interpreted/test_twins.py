@@ -13,7 +13,7 @@ from torch import Tensor
 from paracomm import kernels
 from paracomm.errors import Error, InvalidArgument
 from paracomm.kernels import Backend
-from tests.kernels.operations import CASES, Case
+from tests.kernels.operations import CASES, Case, check_autocast, check_lse, counterparts
 
 
 @dataclass(frozen=True)
@@ -212,3 +212,13 @@ def test_second_derivatives(case: Case) -> None:
         found.append([*firsts, *(x * 0 if s is None else s for x, s in zip(inputs, seconds, strict=True))])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", counterparts())
+def test_autocast(name: str) -> None:
+    for mixture in ("float32", "bfloat16 first"):
+        check_autocast(name, mixture, "triton")
+
+
+def test_autocast_leaves_lse_in_float32() -> None:
+    check_lse("triton")
