@@ -12,27 +12,30 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from paracomm.errors import InvalidArgument
 
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATING = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 """float64 has no kernels, see select.py."""
 
 
 def expect_tensors(name: str, given: dict[str, Any], optional: dict[str, Any] | None = None) -> None:
     """Raises InvalidArgument unless all are dense floating-point tensors on one device; those of `optional` or None."""
-    present = given | {key: x for key, x in (optional or {}).items() if x is not None}
-    first: Tensor | None = None
-    for key, x in present.items():
-        if not isinstance(x, Tensor):
-            raise InvalidArgument(f"{name}: {key} is {type(x).__name__}, expected a tensor")
-        if x.dtype not in FLOATING:
-            raise InvalidArgument(f"{name}: {key} is {x.dtype}, expected float32, float16, bfloat16 or float64")
-        if x.layout != torch.strided or x.is_nested:
-            raise InvalidArgument(f"{name}: {key} is {x.layout}, expected a dense tensor")
-        first = x if first is None else first
-        if x.device != first.device:
-            raise InvalidArgument(
-                f"{name}: {key} is {x.dtype} on {x.device}, expected {first.dtype} on {first.device} as "
-                f"{next(iter(present))}"
-            )
+    first, device = None, None
+    for each in (given, optional):
+        for key, x in each.items() if each else ():
+            if x is None and each is optional:
+                continue
+            if not isinstance(x, Tensor):
+                raise InvalidArgument(f"{name}: {key} is {type(x).__name__}, expected a tensor")
+            if x.dtype not in FLOATING:
+                raise InvalidArgument(f"{name}: {key} is {x.dtype}, expected float32, float16, bfloat16 or float64")
+            if x.layout is not torch.strided or x.is_nested:
+                raise InvalidArgument(f"{name}: {key} is {x.layout}, expected a dense tensor")
+            if first is None:
+                first, device = x, x.device
+            elif x.device != device:
+                raise InvalidArgument(
+                    f"{name}: {key} is {x.dtype} on {x.device}, expected {first.dtype} on {device} as "
+                    f"{next(iter(given))}"
+                )
 
 
 def expect_indices(name: str, key: str, x: Any, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
@@ -50,13 +53,13 @@ def expect_indices(name: str, key: str, x: Any, dtype: torch.dtype, shape: tuple
 
 def is_integer(x: Any) -> bool:
     """bool is none."""
-    return isinstance(x, (Integral, torch.SymInt)) and not isinstance(x, bool)
+    return type(x) is int or (isinstance(x, (Integral, torch.SymInt)) and not isinstance(x, bool))
 
 
 def expect_positive(name: str, **values: Any) -> None:
     """Raises InvalidArgument for one that is given and not a finite number above 0."""
     for option, value in values.items():
-        if value is None:
+        if value is None or (type(value) is float and 0.0 < value < math.inf):
             continue
         number = isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
         if not number or not value > 0 or value == math.inf:
