@@ -33,7 +33,7 @@ def activated(x, NAME: tl.constexpr):
     elif NAME == "silu":
         x = x * tl.sigmoid(x)
     elif NAME == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.where(x <= 0.0, 0.0, x)  # NaN stays
     else:
         tl.static_assert(NAME == "none", "unknown activation")
     return x
@@ -51,7 +51,7 @@ def slope(x, NAME: tl.constexpr):
         s = tl.sigmoid(x)
         d = s * (1.0 + x * (1.0 - s))
     elif NAME == "relu":
-        d = tl.where(x > 0, 1.0, 0.0)
+        d = tl.where(x <= 0.0, 0.0, 1.0)
     else:
         tl.static_assert(NAME == "none", "unknown activation")
         d = tl.full(x.shape, 1.0, tl.float32)

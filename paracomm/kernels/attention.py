@@ -12,10 +12,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paracomm.errors import InvalidArgument
-from paracomm.kernels import reference, select
+from paracomm.kernels import derivatives, reference, select
+from paracomm.kernels.arguments import (
+    expect_indices,
+    expect_positive,
+    expect_tensors,
+    expect_window,
+    is_integer,
+    readable,
+    without_values,
+)
+from paracomm.kernels.autocast import autocast_dtype, autocast_off, cast
 
 HEAD_SIZES = (1, 256)
 WIDEST_FLOAT32 = 128
@@ -67,7 +78,8 @@ def attention(
     """(out_BHTK of q's dtype, lse_BHT float32, natural, without a gradient): softmax(scale q k^T) v.
 
     Sequences of different lengths lie behind each other with `cu_q` and `cu_k`: int32 [B + 1], where they begin and the
-    last one ends; q is [1, H, sum T, K] then, k and v [1, G, sum S, K], and max_q, max_k are the longest T and S.
+    last one ends; q is [1, H, sum T, K] then, k and v [1, G, sum S, K], and max_q, max_k are at least the longest T and
+    S. Tokens that belong to no sequence, as those after the last, have an out of 0, an lse of -inf and gradients of 0.
 
     Args:
         causal: query t looks at keys up to t + S - T (both sequences end together).
@@ -77,8 +89,18 @@ def attention(
         key_mask: bool [B, S], False for a key that nobody looks at; not with cu_q.
         dropout: of the weights.
 
-    A query that sees no key has an out of 0 and an lse of -inf. Raises InvalidArgument for what does not fit.
+    A query that sees no key has an out of 0 and an lse of -inf. Under autocast q, k and v are cast to its dtype. Raises
+    InvalidArgument for what does not fit; cu_q and cu_k that do not rise within their tokens, by max_q and max_k at
+    most, are refused where they lie on a CPU.
     """
+    expect_tensors("attention", {"q": q_BHTK, "k": k_BGSK, "v": v_BGSK})
+    if (lower := autocast_dtype(q_BHTK)) is not None:
+        q_BHTK, k_BGSK, v_BGSK = cast(lower, q_BHTK, k_BGSK, v_BGSK)
+        with autocast_off(q_BHTK):
+            return attention(
+                q_BHTK, k_BGSK, v_BGSK, causal=causal, scale=scale, window=window, softcap=softcap,
+                key_mask=key_mask, dropout=dropout, cu_q=cu_q, cu_k=cu_k, max_q=max_q, max_k=max_k,
+            )  # fmt: skip
     options = _Options.of(
         q_BHTK, k_BGSK, v_BGSK, causal, scale, window, softcap, key_mask, dropout, cu_q, cu_k, max_q, max_k
     )
@@ -98,7 +120,14 @@ def attention_backward(
     causal: bool = False, scale: float | None = None, window: int | None = None, softcap: float | None = None,
     key_mask: Tensor | None = None, dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv) of a block of keys, given `out` and `lse` over all blocks that the queries look at."""
+    """(dq, dk, dv) of a block of keys, given `out` and `lse` over all blocks that the queries look at.
+
+    Not differentiable: what is asked to go back through them raises Error.
+    """
+    expect_tensors("attention_backward", {"grad": grad_BHTK, "q": q_BHTK, "k": k_BGSK, "v": v_BGSK, "out": out_BHTK})
+    for name, given, expected in (("grad", grad_BHTK, q_BHTK.shape), ("out", out_BHTK, q_BHTK.shape)):
+        if given.shape != expected:
+            raise InvalidArgument(f"attention_backward: {name} {list(given.shape)}, expected {list(expected)} as q")
     options = _Options.of(q_BHTK, k_BGSK, v_BGSK, causal, scale, window, softcap, key_mask, dropout)
     return _backward_op(grad_BHTK, q_BHTK, k_BGSK, v_BGSK, out_BHTK, lse_BHT, *options.flat())
 
@@ -134,7 +163,8 @@ class _Options:
     ) -> _Options:  # fmt: skip
         _check(q, k, v, key_mask, cu_q, cu_k, max_q, max_k)
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        check_positive("attention", scale=scale, window=window, softcap=softcap)
+        expect_positive("attention", scale=scale, softcap=softcap)
+        expect_window("attention", window)
         rest: tuple[Any, ...] = (0.0, 0, 0, 0, None, 0, 0, None, None)
         if dropout is not None:
             _check_dropout(dropout, q, k, cu_q)
@@ -175,52 +205,56 @@ def check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise InvalidArgument(f"{name}: q, k, v are {kinds}, expected one dtype and device")
 
 
-def check_positive(name: str, **values: float | None) -> None:
-    """Raises InvalidArgument for one that is given and not more than 0."""
-    for option, value in values.items():
-        if value is not None and not value > 0:
-            raise InvalidArgument(f"{name}: {option} is {value}, expected more than 0")
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
     max_q: int | None, max_k: int | None,
 ) -> None:  # fmt: skip
     check_heads("attention", q, k, v)
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2])):
-        raise InvalidArgument(
-            f"attention: key_mask {list(key_mask.shape)} of {key_mask.dtype}, expected bool {[k.shape[0], k.shape[2]]}"
-        )
+    if key_mask is not None:
+        expect_indices("attention", "key_mask", key_mask, torch.bool, (k.shape[0], k.shape[2]), q)
+    for longest, most in (("max_q", max_q), ("max_k", max_k)):
+        if most is not None and (not is_integer(most) or most < 0):
+            raise InvalidArgument(f"attention: {longest} is {most!r}, expected an integer, at least 0")
     if cu_q is None and cu_k is None:
         return
     if cu_q is None or cu_k is None or max_q is None or max_k is None or key_mask is not None:
         raise InvalidArgument("attention: variable lengths need cu_q, cu_k, max_q and max_k, and take no key_mask")
     for name, cu in (("cu_q", cu_q), ("cu_k", cu_k)):
-        if cu.dtype != torch.int32 or cu.dim() != 1 or len(cu) < 1 or cu.shape != cu_q.shape:
-            raise InvalidArgument(
-                f"attention: {name} is {cu.dtype} {list(cu.shape)}, expected int32 [B + 1], equally long"
-            )
+        if not isinstance(cu, Tensor) or cu.dtype != torch.int32 or cu.dim() != 1 or len(cu) < 1:
+            kind = f"{cu.dtype} {list(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
+            raise InvalidArgument(f"attention: {name} is {kind}, expected int32 [B + 1], equally long")
+        expect_indices("attention", name, cu, torch.int32, tuple(cu_q.shape), q)
     if q.shape[0] != 1:
         raise InvalidArgument(f"attention: q {list(q.shape)} with cu_q, expected [1, H, sum of lengths, K]")
+    for name, cu, total, most in (("cu_q", cu_q, q.shape[2], max_q), ("cu_k", cu_k, k.shape[2], max_k)):
+        if readable(cu):
+            _check_edges(name, cu.tolist(), total, most)
+
+
+def _check_edges(name: str, edges: list[int], total: int, most: int) -> None:
+    """Raises InvalidArgument unless they rise within 0..total, by `most` at most."""
+    if edges[0] < 0 or edges[-1] > total:
+        raise InvalidArgument(f"attention: {name} is {edges[0]}..{edges[-1]}, expected within 0..{total}, the tokens")
+    for b, (begin, end) in enumerate(itertools.pairwise(edges)):
+        if not 0 <= end - begin <= most:
+            raise InvalidArgument(
+                f"attention: {name} has {begin}, {end} at sequence {b}, a length of {end - begin}, expected 0 to {most}"
+                f", which is max_{name[-1]}"
+            )
 
 
 def _check_dropout(dropout: Dropout, q: Tensor, k: Tensor, cu_q: Tensor | None) -> None:
     B = q.shape[0] if cu_q is None else len(cu_q) - 1
     if not 0.0 <= dropout.p < 1.0:
         raise InvalidArgument(f"attention: dropout p is {dropout.p}, expected 0 <= p < 1")
-    if dropout.rows.dtype != torch.int64 or dropout.rows.shape != (B,):
-        raise InvalidArgument(
-            f"attention: dropout rows {dropout.rows.dtype} {list(dropout.rows.shape)}, expected int64 [{B}]"
-        )
+    expect_indices("attention", "dropout rows", dropout.rows, torch.int64, (B,), q)
     if cu_q is not None and (dropout.q_positions is not None or dropout.k_positions is not None):
         raise InvalidArgument("attention: dropout of variable lengths counts positions from 0 in each sequence")
     if (dropout.q_positions is None) != (dropout.k_positions is None):
         raise InvalidArgument("attention: dropout has q_positions or k_positions, expected both or none")
     for name, places, count in (("q", dropout.q_positions, q.shape[2]), ("k", dropout.k_positions, k.shape[2])):
-        if places is not None and (places.dtype != torch.int64 or places.shape != (count,)):
-            raise InvalidArgument(
-                f"attention: dropout {name}_positions {places.dtype} {list(places.shape)}, expected int64 [{count}]"
-            )
+        if places is not None:
+            expect_indices("attention", f"dropout {name}_positions", places, torch.int64, (count,), q)
 
 
 def _runs(q: Tensor) -> bool:
@@ -236,24 +270,34 @@ def _choices(o: _Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sequences(o: _Options) -> list[tuple[slice, slice, Dropout | None]]:
-    """Of sequences behind each other: (queries, keys, dropout) of each."""
+def _sequences(q: Tensor, k: Tensor, o: _Options) -> list[tuple[slice, slice, Dropout | None]]:
+    """Of sequences behind each other: (queries, keys, dropout) of each, at least one, which may be empty."""
     assert o.cu_q is not None and o.cu_k is not None
-    found, edges, dropout = [], list(zip(o.cu_q.tolist(), o.cu_k.tolist(), strict=True)), o.dropout()
-    for b, ((q0, k0), (q1, k1)) in enumerate(itertools.pairwise(edges)):
+    found, dropout = [], o.dropout()
+    edges_q, edges_k = [0, q.shape[2]], [0, k.shape[2]]  # of which shapes follow, where there are no values
+    if not without_values(o.cu_q):
+        edges_q, edges_k = o.cu_q.tolist(), o.cu_k.tolist()
+        _check_edges("cu_q", edges_q, q.shape[2], o.max_q)
+        _check_edges("cu_k", edges_k, k.shape[2], o.max_k)
+    for b, ((q0, q1), (k0, k1)) in enumerate(
+        zip(itertools.pairwise(edges_q), itertools.pairwise(edges_k), strict=True)
+    ):
         own = None if dropout is None else replace(dropout, rows=dropout.rows[b : b + 1])
         found.append((slice(q0, q1), slice(k0, k1), own))
-    return found
+    return found or [(slice(edges_q[0], edges_q[0]), slice(edges_k[0], edges_k[0]), None)]
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, o: _Options) -> tuple[Tensor, Tensor]:
     if o.cu_q is None:
         return reference.attention(q, k, v, key_mask=o.key_mask, dropout=o.dropout(), **_choices(o))
+    sequences = _sequences(q, k, o)
     parts = [
         reference.attention(q[:, :, t], k[:, :, s], v[:, :, s], key_mask=None, dropout=dropout, **_choices(o))
-        for t, s, dropout in _sequences(o)
+        for t, s, dropout in sequences
     ]
-    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+    before, after = sequences[0][0].start, q.shape[2] - sequences[-1][0].stop
+    out, lse = (torch.cat(list(each), 2) for each in zip(*parts, strict=True))
+    return F.pad(out, (0, 0, before, after)), F.pad(lse, (before, after), value=-torch.inf)
 
 
 def _eager_backward(
@@ -262,14 +306,12 @@ def _eager_backward(
     if o.cu_q is None:
         rest: dict[str, Any] = {"key_mask": o.key_mask, "dropout": o.dropout(), **_choices(o)}
         return reference.attention_backward(grad, q, k, v, out, lse, **rest)
-    parts = [
-        reference.attention_backward(
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    for t, s, dropout in _sequences(q, k, o):
+        dq[:, :, t], dk[:, :, s], dv[:, :, s] = reference.attention_backward(
             grad[:, :, t], q[:, :, t], k[:, :, s], v[:, :, s], out[:, :, t], lse[:, :, t], key_mask=None,
             dropout=dropout, **_choices(o),
-        )
-        for t, s, dropout in _sequences(o)
-    ]  # fmt: skip
-    dq, dk, dv = (torch.cat(grads, 2) for grads in zip(*parts, strict=True))
+        )  # fmt: skip
     return dq, dk, dv
 
 
@@ -322,6 +364,9 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # type: ignore[return-value]
 
 
+_backward_op.register_autograd(derivatives.refused("attention_backward"))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *options = inputs
     out, lse = output
@@ -336,8 +381,14 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     left = iter(tensors)
     options = [next(left) if place is None else place[0] for place in ctx.options]
-    with select.backend(ctx.backend):
-        return (*_backward_op(grad, q, k, v, out, lse, *options), *[None] * len(options))
+    rest = [None] * len(options)
+    with select.backend(ctx.backend), autocast_off(q):
+        if derivatives.wanted():
+            found = derivatives.pull_back(
+                lambda q, k, v: _eager(q, k, v, _Options(*options)), (q, k, v), (grad,), ctx.needs_input_grad[:3]
+            )
+            return *found, *rest
+        return *_backward_op(grad, q, k, v, out, lse, *options), *rest
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -351,6 +402,8 @@ def keep_mask(seed: int, stream: int, step: int, base: Tensor, offsets: Tensor, 
     """
     if not 0.0 <= p < 1.0:
         raise InvalidArgument(f"keep_mask: p is {p}, expected 0 <= p < 1")
+    for name, given in (("base", base), ("offsets", offsets)):
+        expect_indices("keep_mask", name, given, torch.int64, tuple(given.shape), base)
     threshold = reference.threshold(p)
     if base.numel() and len(offsets) and select.runs(torch.empty(0, device=base.device)):
         from paracomm.kernels.attention_launch import launch_keep_mask

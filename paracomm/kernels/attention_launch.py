@@ -48,10 +48,8 @@ class Attention:
         self.B = q.shape[0] if o.cu_q is None else len(o.cu_q) - 1
         self.T, self.S = o.max_q, o.max_k
         expect_launchable("attention", self.B, self.H)
-        self.pointers = [
-            None if o.key_mask is None else o.key_mask.contiguous(),
-            *(o.cu_q, o.cu_k, o.rows, o.q_positions, o.k_positions),
-        ]
+        given = (o.key_mask, o.cu_q, o.cu_k, o.rows, o.q_positions, o.k_positions)
+        self.pointers = [None if x is None else x.contiguous() for x in given]
         capped, dropped = o.softcap != 0.0, o.rows is not None
         # Capped scores leave `bent` in units of log2; others are scaled within the exponent.
         self.scales = (1.0, o.softcap * LOG2E, o.scale / o.softcap) if capped else (o.scale * LOG2E, 1.0, 1.0)
@@ -82,10 +80,13 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, o: _Options) -> tuple[Tensor
     a = Attention(q, k, v, o)
     if not out.numel():
         return out.contiguous(), lse.fill_(-torch.inf)
-    if not k.shape[2]:
+    if not k.shape[2] or not a.B or not a.T:
         return torch.zeros_like(out, memory_format=torch.contiguous_format), lse.fill_(-torch.inf)
     if can_tma(q, k, v, o):
         return forward_tma(q, k, v, a)
+    if o.cu_q is not None:  # tokens of no sequence
+        out.zero_()
+        lse.fill_(-torch.inf)
     blocks, options = a.tuned("attention_forward" + a.heavy)
     attention_forward_kernel[(triton.cdiv(a.T, blocks["BM"]), a.B * a.H)](
         q, k, v, out, lse, *a.pointers, *a.strides(q, k, v, out), *a.lse_strides, a.H, a.T, a.S, o.window, *a.scales,
@@ -101,8 +102,11 @@ def launch_backward(
     lse = lse.contiguous()
     dq, dk, dv = map(like, (q, k, v))
     a = Attention(q, k, v, o)
-    if not q.numel() or not k.numel():
+    if not q.numel() or not k.numel() or not a.B or not a.T or not a.S:
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
+    if o.cu_q is not None:
+        for x in (dq, dk, dv):
+            x.zero_()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     blocks, options = a.tuned("attention_delta")
     attention_delta_kernel[(triton.cdiv(q.shape[2], blocks["BM"]), q.shape[0] * a.H)](

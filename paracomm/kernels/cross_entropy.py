@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from paracomm.errors import InvalidArgument
-from paracomm.kernels import reference_cross_entropy, select
-from paracomm.kernels.attention import NO_CAP, check_positive
+from paracomm.kernels import derivatives, reference_cross_entropy, select
+from paracomm.kernels.arguments import expect_indices, expect_positive, expect_tensors, is_integer, readable
+from paracomm.kernels.attention import NO_CAP
+from paracomm.kernels.autocast import autocast_dtype, autocast_off, cast
 
 
 def linear_cross_entropy(
@@ -25,14 +27,22 @@ def linear_cross_entropy(
 
     x [N, D], weight [V, D], bias [V] or None; targets int64 [N]. The sum is a float32 scalar (float64 for float64), in
     nats, the number int64. softcap: logits l become softcap tanh(l / softcap) (Gemma 2). Nothing of size N V is held,
-    see cross_entropy_kernels.py and reference_cross_entropy.py. Differentiable in x, weight and bias; deterministic.
+    see cross_entropy_kernels.py and reference_cross_entropy.py. Differentiable in x, weight and bias, deterministic;
+    second derivatives hold the logits. Under autocast logits are products in its dtype, and their loss is in float32.
 
     Raises InvalidArgument for shapes and dtypes that do not fit, and on a CPU for a target that is neither `ignore` nor
     in 0..V-1; on a GPU, where asking would wait for it, such a target makes the sum NaN.
     """
+    expect_tensors("cross_entropy", {"x": x, "weight": weight}, {"bias": bias})
+    if not is_integer(ignore):
+        raise InvalidArgument(f"cross_entropy: ignore is {ignore!r}, expected an integer")
+    if (lower := autocast_dtype(x)) is not None:
+        x, weight, bias = cast(lower, x, weight, bias)
+        with autocast_off(x):
+            return linear_cross_entropy(x, weight, bias, targets, ignore=ignore, softcap=softcap)
     _check(x, weight, bias, targets, softcap)
     V = len(weight)
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(targets):
         _check_targets(targets, V, ignore)
     if not select.runs(x):
         return reference_cross_entropy.linear_cross_entropy(x, weight, bias, targets, ignore, softcap)
@@ -56,6 +66,11 @@ def partial_cross_entropy(
 
     An empty table has an lse of -inf.
     """
+    expect_tensors("cross_entropy", {"x": x, "weight": weight}, {"bias": bias})
+    if (lower := autocast_dtype(x)) is not None:
+        x, weight, bias = cast(lower, x, weight, bias)
+        with autocast_off(x):
+            return partial_cross_entropy(x, weight, bias, targets, softcap=softcap)
     _check(x, weight, bias, targets, softcap)
     if not select.runs(x):
         return reference_cross_entropy.partial(x, weight, bias, targets, softcap)
@@ -69,17 +84,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, soft
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InvalidArgument(f"cross_entropy: bias {list(bias.shape)}, expected {[len(weight)]}")
-    if targets.dtype != torch.int64 or targets.shape != x.shape[:1]:
-        raise InvalidArgument(
-            f"cross_entropy: targets {targets.dtype} {list(targets.shape)}, expected int64 {[len(x)]} for x of "
-            f"{list(x.shape)}"
-        )
+    expect_indices("cross_entropy", "targets", targets, torch.int64, tuple(x.shape[:1]), x)
     for name, given in (("weight", weight), ("bias", bias)):
         if given is not None and (given.dtype != x.dtype or given.device != x.device):
             raise InvalidArgument(
                 f"cross_entropy: {name} is {given.dtype} on {given.device}, expected {x.dtype} on {x.device} as x"
             )
-    check_positive("cross_entropy", softcap=softcap)
+    expect_positive("cross_entropy", softcap=softcap)
 
 
 def _check_targets(targets: Tensor, V: int, ignore: int) -> None:
@@ -146,7 +157,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, dlse: Tensor, dlogit: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, weight, bias, targets, lse, rest = ctx.saved_tensors
-    with select.backend(ctx.backend):
+    with select.backend(ctx.backend), autocast_off(x):
+        if derivatives.wanted():
+            found = derivatives.pull_back(
+                lambda x, w, b: reference_cross_entropy.partial(x, w, b, targets, ctx.softcap or None),
+                (x, weight, bias), (dlse, dlogit), ctx.needs_input_grad[:3],
+            )  # fmt: skip
+            return *found, None, None
         dx, dweight, dbias = _backward_op(dlse, dlogit, x, weight, bias, targets, lse, rest, ctx.softcap)
     return dx, dweight, None if bias is None else dbias, None, None
 

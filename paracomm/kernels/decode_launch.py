@@ -41,6 +41,7 @@ def launch_decode(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = map(last_contiguous, (q, k, v))
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    lengths = None if lengths is None else lengths.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if not out.numel():

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from paracomm.kernels import derivatives, select
 
 if TYPE_CHECKING:
     from paracomm.kernels.attention import Dropout
@@ -185,7 +186,14 @@ def glu(
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return _SwiGLU.apply(gate, up) if activation == "silu" else ACTIVATIONS[activation](gate) * up
+    if activation != "silu" or select.plain():
+        return ACTIVATIONS[activation](gate) * up
+    product: Tensor = _SwiGLU.apply(gate, up)
+    return product
+
+
+def _plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -197,7 +205,8 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if derivatives.wanted():
+            return tuple(derivatives.pull_back(_plain_swiglu, (gate, up), (grad,), ctx.needs_input_grad))
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from paracomm.kernels import derivatives, select
+from paracomm.kernels.autocast import autocast_off
 
 WHOLE = 1 << 22
 """Logits: 16 MB of float32."""
+IGNORED = -100
 CHUNK = 1 << 24
 """Logits of a chunk, at most, if that leaves it 16 rows."""
 
@@ -35,11 +38,18 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(sum, number)."""
     counted = targets != ignore
-    if len(x) * len(weight) <= WHOLE:
-        logits = logits_of(x, weight, bias, softcap)
-        return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum"), counted.sum()
+    if len(x) * len(weight) <= WHOLE or select.transformed():
+        return whole(x, weight, bias, targets, ignore, softcap), counted.sum()
     rows = min(256, max(16, CHUNK // len(weight)))
     return _Chunked.apply(x, weight, bias, targets, counted, softcap, rows), counted.sum()
+
+
+def whole(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int, softcap: float | None
+) -> Tensor:
+    """The sum, with all logits."""
+    logits = logits_of(x, weight, bias, softcap)
+    return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")
 
 
 class _Gradients:
@@ -95,13 +105,21 @@ class _Chunked(torch.autograd.Function):
             total += _chunk_loss(logits, targets[chunk], counted[chunk], softcap, gradients, chunk)
             del logits  # before the next
         if gradients is not None:
-            ctx.save_for_backward(*gradients.rounded())
+            ctx.save_for_backward(*gradients.rounded(), x, weight, bias, targets.masked_fill(~counted, IGNORED))
+            ctx.softcap = softcap
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors)
+        *gradients, x, weight, bias, targets = ctx.saved_tensors
+        if derivatives.wanted():
+            with autocast_off(x):
+                found = derivatives.pull_back(
+                    lambda x, w, b: whole(x, w, b, targets, IGNORED, ctx.softcap), (x, weight, bias), (grad,),
+                    ctx.needs_input_grad[:3],
+                )  # fmt: skip
+            return *found, None, None, None, None
+        scaled = (None if t is None else t * grad.to(t.dtype) for t in gradients)
         return *scaled, None, None, None, None
 
 
@@ -111,7 +129,8 @@ def partial(
     """(lse, logit)."""
     logits = logits_of(x, weight, bias, softcap)
     if not len(weight):
-        return logits.new_full((len(x),), -torch.inf), logits.new_zeros(len(x))
+        nothing = logits.sum(1)
+        return nothing - torch.inf, nothing
     here = (targets >= 0) & (targets < len(weight))
     logit = logits.gather(1, targets.masked_fill(~here, 0).unsqueeze(1)).squeeze(1)
     return logits.logsumexp(1), logit.masked_fill(~here, 0.0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from paracomm.kernels import derivatives, select
+from paracomm.kernels.autocast import autocast_off
 
 
 def add_norm(
@@ -17,9 +20,18 @@ def add_norm(
     total = x if residual is None else x + residual
     if kind == "layer":
         return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
-    fused = total.device.type != "cpu" or total.dtype not in (torch.float32, torch.float64)
+    fused = total.device.type != "cpu" or total.dtype not in (torch.float32, torch.float64) or select.plain()
     normed = F.rms_norm(total, total.shape[-1:], weight, eps) if fused else _RMSNorm.apply(total, weight, eps)
     return normed if bias is None else normed + bias, total
+
+
+def plain(total: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    """norm(total), by operations that torch can differentiate as often as asked."""
+    if kind == "layer":
+        return F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+    return (normed if bias is None else normed + bias).to(total.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -29,19 +41,23 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        h = x * rstd
-        ctx.save_for_backward(h, weight, rstd)
-        return h * weight
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
+        return (x * rstd).mul_(weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        h, weight, rstd = ctx.saved_tensors
-        D = len(weight)
-        gh = (grad * h).reshape(-1, D)
-        along = gh.mv(weight).view(rstd.shape)
-        dx = (grad * weight).addcmul_(h, along, value=-1 / D).mul_(rstd)
-        return dx, gh.sum(0), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        with autocast_off(x):
+            if derivatives.wanted():
+                norm = functools.partial(plain, bias=None, eps=ctx.eps, kind="rms")
+                return *derivatives.pull_back(norm, (x, weight), (grad,), ctx.needs_input_grad[:2]), None
+            D = len(weight)
+            h = x * rstd
+            gh = (grad * h).reshape(-1, D)
+            along = gh.mv(weight).view(rstd.shape)
+            dx = (grad * weight).addcmul_(h, along, value=-1 / D).mul_(rstd)
+            return dx, gh.sum(0), None
 
 
 def forward(

@@ -6,13 +6,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from paracomm.kernels import select
 
 
 def rotary(x_BHTK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, transposed: bool = False) -> Tensor:
     """x cosine + [-high, low] sine; transposed: the map of its gradients."""
+    learned = torch.is_grad_enabled() and (cosine_TK.requires_grad or sine_TK.requires_grad)
+    if learned or select.plain():
+        return plain(x_BHTK, cosine_TK, sine_TK, transposed)
     rotated: Tensor = _Rotary.apply(x_BHTK, cosine_TK, sine_TK, transposed)
     return rotated
+
+
+def plain(x: Tensor, cosine: Tensor, sine: Tensor, transposed: bool) -> Tensor:
+    """The formula."""
+    if transposed:
+        low, high = (x * sine).chunk(2, -1)
+        return x * cosine + torch.cat([high, -low], -1)
+    low, high = x.chunk(2, -1)
+    return x * cosine + torch.cat([-high, low], -1) * sine
 
 
 class _Rotary(torch.autograd.Function):
@@ -26,10 +39,9 @@ class _Rotary(torch.autograd.Function):
         return _rotated(x, cosine, sine, transposed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cosine, sine = ctx.saved_tensors
-        return _rotated(grad, cosine, sine, not ctx.transposed), None, None, None
+        return _Rotary.apply(grad, cosine, sine, not ctx.transposed), None, None, None
 
 
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, transposed: bool) -> Tensor:

@@ -9,16 +9,26 @@ from torch import Tensor
 
 from paracomm.errors import InvalidArgument
 from paracomm.kernels import reference_rotary, select
+from paracomm.kernels.arguments import expect_tensors
+from paracomm.kernels.autocast import autocast_dtype, autocast_off, widest
 
 
 def rotary(x_BHTK: Tensor, cosine_TK: Tensor, sine_TK: Tensor) -> Tensor:
     """x cosine + [-high, low] sine, where low and high are the halves of the features of x [B, H, T, K].
 
-    Su et al., "RoFormer", 2021, with the pairs laid out as in Llama. Differentiable in x; the tables are constants.
-    Raises InvalidArgument unless K is even, the tables are [T, K] and all have one dtype and device.
+    Su et al., "RoFormer", 2021, with the pairs laid out as in Llama. Differentiable in all three; where a table
+    requires a gradient, the twin computes. Raises InvalidArgument unless K is even, the tables are [T, K] and all have
+    one dtype and device; under autocast the result is of the widest dtype.
     """
+    tensors = {"x": x_BHTK, "cosine": cosine_TK, "sine": sine_TK}
+    expect_tensors("rotary", tensors)
+    if autocast_dtype(x_BHTK) is not None:
+        with autocast_off(x_BHTK):
+            wide = widest(*tensors.values())
+            return rotary(*(x.to(wide) for x in tensors.values()))
     _check(x_BHTK, cosine_TK, sine_TK)
-    if not select.runs(x_BHTK):
+    learned = torch.is_grad_enabled() and (cosine_TK.requires_grad or sine_TK.requires_grad)
+    if not select.runs(x_BHTK) or learned:
         return reference_rotary.rotary(x_BHTK, cosine_TK, sine_TK)
     return _op(x_BHTK, cosine_TK, sine_TK, False)
 

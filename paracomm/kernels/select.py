@@ -87,9 +87,22 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def runs(x: Tensor) -> bool:
     """Whether kernels compute on x. Raises Error for backend "triton" where they cannot.
 
-    What torch.compile compiles keeps the answer that it got then.
+    Under any backend the twins compute within torch.func's transforms (grad, vmap, jvp, ...), which see through torch's
+    own operations only, and for tensors on "meta", of which nothing but shapes is computed. What torch.compile compiles
+    keeps the answer that it got then.
     """
-    return _kernels_on(x.device, x.dtype)
+    return x.device.type != "meta" and not transformed() and _kernels_on(x.device, x.dtype)
+
+
+def transformed() -> bool:
+    """Whether this runs within a transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def plain() -> bool:
+    """Whether twins should be torch's own operations alone, which torch.func's transforms and torch.compile see
+    through, rather than an autograd.Function with a backward of its own."""
+    return transformed() or torch.compiler.is_compiling()
 
 
 def _kernels_on(device: torch.device, dtype: torch.dtype) -> bool:

@@ -25,11 +25,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from paracomm import kernels
 from paracomm.errors import Error, InvalidArgument
+from paracomm.kernels import derivatives
 from paracomm.kernels.attention import HEAD_SIZES
+from paracomm.kernels.select import transformed
 from paracomm.parallel import rng
 
 # Of attention's place in a batch: positions take 20 bits each, rows times heads what is left of 63.
@@ -260,11 +261,31 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, q_positions, k_positions, key_mask = ctx.saved_tensors
+        if derivatives.wanted():
+            found = derivatives.pull_back(
+                lambda q, k, v: _plain(ctx.rule, q, k, v, q_positions, k_positions, key_mask), (q, k, v), (grad,),
+                ctx.needs_input_grad[:3],
+            )  # fmt: skip
+            return *found, None, None, None, None
         grads = block_backward(ctx.rule, grad, q, k, v, out, lse, q_positions, k_positions, key_mask)
         return (*grads, None, None, None, None)
+
+
+def _plain(
+    rule: Rule, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, q_positions_T: Tensor, k_positions_S: Tensor,
+    key_mask_BS: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """block_forward() by operations that torch can differentiate as often as asked."""
+    seen = sight(rule, q_positions_T, k_positions_S)
+    scores_BHTS = _scores(rule, seen, q_BHTK, k_BGSK, q_positions_T, k_positions_S, key_mask_BS)
+    lse_BHT = scores_BHTS.logsumexp(-1)
+    p_BHTS = (scores_BHTS - finite(lse_BHT).unsqueeze(-1)).exp()
+    if rule.dropout is not None:
+        p_BHTS = p_BHTS * _keep(rule, p_BHTS, q_positions_T, k_positions_S)
+    out_BHTK = (_grouped(p_BHTS, v_BGSK) @ v_BGSK.to(p_BHTS.dtype)).view(q_BHTK.shape)
+    return out_BHTK.to(q_BHTK.dtype), lse_BHT.detach()
 
 
 def attention(
@@ -292,6 +313,8 @@ def attention(
     check_shapes(q_BHTK, k_BGSK, v_BGSK, q_positions, k_positions, key_mask)
     scale = q_BHTK.shape[-1] ** -0.5 if scale is None else scale
     rule = Rule(causal, scale, dropout, None if dropout is None else rng.current())
+    if transformed():
+        return _plain(rule, q_BHTK, k_BGSK, v_BGSK, q_positions, k_positions, key_mask)
     out, lse = _Attention.apply(q_BHTK, k_BGSK, v_BGSK, rule, q_positions, k_positions, key_mask)
     return out, lse
 

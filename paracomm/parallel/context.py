@@ -29,10 +29,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
+from paracomm.kernels.derivatives import once
 from paracomm.parallel import rng
 from paracomm.parallel.attention import (
     Attention,
@@ -191,7 +191,7 @@ class _RingAttention(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @once("ring attention")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         ring: Ring = ctx.ring
@@ -279,6 +279,5 @@ class _AllToAll(torch.autograd.Function):
         return received
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.all_to_all(grad.contiguous()), None
+        return _AllToAll.apply(grad, ctx.group), None

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from paracomm import kernels
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
+from paracomm.kernels.derivatives import once
 
 IGNORED = -100
 """A target that does not count."""
@@ -82,7 +82,7 @@ class _VocabularyLoss(torch.autograd.Function):
         return (sums[0].log() - sums[1]).masked_fill(~counted, 0.0).sum()
 
     @staticmethod
-    @once_differentiable
+    @once("vocabulary_loss")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         e, s, local, own, counted = ctx.saved_tensors
         dlogits = e * (grad * counted / s).unsqueeze(1)
@@ -107,7 +107,7 @@ class _MergedLoss(torch.autograd.Function):
         return (most + sums[0].log() - sums[1]).masked_fill(~counted, 0.0).sum()
 
     @staticmethod
-    @once_differentiable
+    @once("merged_loss")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         share, counted = ctx.saved_tensors
         return grad * counted * share, -grad * counted, None, None

@@ -27,6 +27,7 @@ from paracomm import kernels
 from paracomm.comm import random
 from paracomm.errors import Error, InvalidArgument
 from paracomm.kernels import reference
+from paracomm.kernels.select import transformed
 
 POSITIONS = 1 << 24
 """More positions than any sequence has: element (row, position, d) is number (row * POSITIONS + position) * D + d."""
@@ -142,7 +143,7 @@ def keep_mask(stream: int, base: Tensor, offsets: Tensor, p: float, place: Place
     Numbers are taken modulo 2^64.
     """
     place, words = place or current(), threshold(p)
-    if base.device.type != "cpu" or kernels.current() == "triton":
+    if base.device.type != "cpu" or kernels.current() == "triton" or transformed():
         return kernels.keep_mask(place.seed, stream, place.step, base, offsets, p)
     mask = torch.empty(*base.shape, len(offsets), dtype=torch.bool)
     if mask.numel():
@@ -177,7 +178,10 @@ class Dropout(nn.Module):
         """Raises Error without a Place or a stream, InvalidArgument if x is not of the place's rows and positions."""
         if not self.drops:
             return x_BTD
-        kept: Tensor = _Masked.apply(x_BTD, _Mask(self, x_BTD))
+        mask = _Mask(self, x_BTD)
+        if transformed():
+            return x_BTD * mask.draw() * (1 / (1 - mask.p))
+        kept: Tensor = _Masked.apply(x_BTD, mask)
         return kept
 
 
@@ -209,9 +213,8 @@ class _Masked(torch.autograd.Function):
         return (x * mask.draw()).mul_(1 / (1 - mask.p))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient * ctx.mask.draw()).mul_(1 / (1 - ctx.mask.p)), None
+        return _Masked.apply(gradient, ctx.mask), None
 
 
 def stream_of(name: str) -> int:

@@ -20,11 +20,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from paracomm import kernels
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
+from paracomm.kernels.derivatives import once, wanted
 from paracomm.parallel.loss import IGNORED, merged_loss, vocabulary_loss
 from paracomm.parallel.sequence import Reduction, gather_and_multiply
 
@@ -101,8 +101,28 @@ class _Columns(torch.autograd.Function):
         return tuple(products)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if wanted() and not ctx.sequence:
+            return _Columns.differentiable(ctx, *grads)
+        return _Columns.values(ctx, *grads)
+
+    @staticmethod
+    def differentiable(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Of rows that all ranks have, and whose gradient is therefore the sum of the ranks'."""
+        rows, *weights = ctx.saved_tensors
+        dys = [
+            rows.new_zeros(rows.shape[0], weight.shape[0]) if dy is None else dy
+            for dy, weight in zip(grads, weights, strict=True)
+        ]
+        own = _CopyTo.apply(rows, ctx.region)
+        terms = [dy @ weight for dy, weight in zip(dys, weights, strict=True)]
+        drows = _ReduceFrom.apply(torch.stack(terms).sum(0), ctx.region) if ctx.needs_input_grad[1] else None
+        results = [result for dy in dys for result in (dy.t() @ own, dy.sum(0))]
+        return None, drows, *(x if need else None for x, need in zip(results, ctx.needs_input_grad[2:], strict=True))
+
+    @staticmethod
+    @once("ColumnLinear with sequence parallelism")
+    def values(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         rows, *weights = ctx.saved_tensors
         needed = ctx.needs_input_grad
         # Every rank takes part in the sum, so that a product nobody used counts as zeros.
@@ -135,8 +155,27 @@ class _Row(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if wanted() and not ctx.sequence:
+            return _Row.differentiable(ctx, dy)
+        return _Row.values(ctx, dy)
+
+    @staticmethod
+    def differentiable(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        """Of a dy that all ranks have."""
+        rows, weight = ctx.saved_tensors
+        _, rows_needed, weight_needed, bias_needed = ctx.needs_input_grad
+        own = _CopyTo.apply(dy, ctx.region)
+        return (
+            None,
+            own @ weight if rows_needed else None,
+            own.t() @ rows if weight_needed else None,
+            dy.sum(0) if bias_needed else None,
+        )
+
+    @staticmethod
+    @once("RowLinear with sequence parallelism")
+    def values(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         rows, weight = ctx.saved_tensors
         _, rows_needed, weight_needed, bias_needed = ctx.needs_input_grad
         db = dy.sum(0) if bias_needed else None
@@ -296,6 +335,7 @@ def expect_within(tokens: Tensor, total: int, what: str) -> None:
 
 
 # --- activations ---
+# Each is linear, and its backward another one of them, so that it can be differentiated as often as asked.
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
@@ -303,20 +343,19 @@ class _CopyTo(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.region), None
+        return _ReduceFrom.apply(grad, ctx.region), None
 
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
+        ctx.region = region
         return _all_reduce(x, region)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        return (_CopyTo.apply(grad, ctx.region) if wanted() else grad), None
 
 
 class _ScatterSum(torch.autograd.Function):
@@ -326,9 +365,21 @@ class _ScatterSum(torch.autograd.Function):
         return region.group.reduce_scatter(x_TBD.contiguous())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.region), None
+        return _Gather.apply(grad, ctx.region), None
+
+
+class _Gather(torch.autograd.Function):
+    """What follows differs from rank to rank, so that gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x_tBD: Tensor, region: Region) -> Tensor:
+        ctx.region = region
+        return _all_gather(x_tBD, region)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _ScatterSum.apply(grad, ctx.region), None
 
 
 class _Split(torch.autograd.Function):
@@ -338,9 +389,8 @@ class _Split(torch.autograd.Function):
         return x_TBD[region.own(len(x_TBD))].clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.region), None
+        return _Join.apply(grad, ctx.region), None
 
 
 class _Join(torch.autograd.Function):
@@ -350,21 +400,40 @@ class _Join(torch.autograd.Function):
         return _all_gather(x_tBD, region)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[ctx.region.own(len(grad))], None
+        return (_Split.apply(grad, ctx.region) if wanted() else grad[ctx.region.own(len(grad))]), None
 
 
 class _GatherFirst(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, region: Region, sizes: Sequence[int]) -> Tensor:
-        ctx.place = (sum(sizes[: region.index]), sizes[region.index])
+        ctx.region, ctx.sizes = region, sizes
         return region.group.all_gather_v(x.contiguous(), rows=sizes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.narrow(0, *ctx.place), None, None
+        return (
+            (_CutFirst.apply(grad, ctx.region, ctx.sizes) if wanted() else _cut(grad, ctx.region, ctx.sizes)),
+            None,
+            None,
+        )
+
+
+class _CutFirst(torch.autograd.Function):
+    """This rank's rows of an x that all ranks have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: Region, sizes: Sequence[int]) -> Tensor:
+        ctx.region, ctx.sizes = region, sizes
+        return _cut(x, region, sizes).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _GatherFirst.apply(grad, ctx.region, ctx.sizes), None, None
+
+
+def _cut(x: Tensor, region: Region, sizes: Sequence[int]) -> Tensor:
+    return x.narrow(0, sum(sizes[: region.index]), sizes[region.index])
 
 
 def _all_reduce(x: Tensor, region: Region) -> Tensor:

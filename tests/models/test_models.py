@@ -237,3 +237,34 @@ def test_heads_that_do_not_divide_are_named(config):
             parallelize(build(config), Mesh(rank.connect(), tp=3))
 
     run_ranks(3, on_rank)
+
+
+@ALL
+def test_second_derivatives_and_torch_func(config: DecoderConfig) -> None:
+    """Of the loss with dropout, in every parameter: a Hessian times a vector by differences; torch.func as autograd."""
+    model, x, y = build(config, dropout=0.2), tokens(8), targets()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    generator = torch.Generator().manual_seed(2)
+    along = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        with rng.at(rng.Place(3, 1, torch.arange(B), torch.arange(T))):
+            extra = source() if isinstance(model, Seq2Seq) else {}
+            total, _ = torch.func.functional_call(model, values, (), {"tokens_BT": x, "targets_BT": y, **extra})
+        return total
+
+    def slopes(step: float, create_graph: bool = False) -> tuple[Tensor, ...]:
+        moved = [
+            (p + step * d).detach().requires_grad_() if step else p for p, d in zip(parameters, along, strict=True)
+        ]
+        return torch.autograd.grad(loss(dict(zip(names, moved, strict=True))), moved, create_graph=create_graph)
+
+    firsts = slopes(0.0, create_graph=True)
+    found = torch.autograd.grad(firsts, parameters, along)
+    step = 1e-6
+    for name, ours, ahead, back in zip(names, found, slopes(step), slopes(-step), strict=True):
+        expected = (ahead - back) / (2 * step)
+        assert (ours - expected).norm() <= 1e-5 * max(1.0, float(expected.norm())), name
+    by_func = torch.func.grad(loss)({name: p.detach() for name, p in zip(names, parameters, strict=True)})
+    for name, first in zip(names, firsts, strict=True):
+        torch.testing.assert_close(by_func[name], first.detach(), rtol=1e-10, atol=1e-10)

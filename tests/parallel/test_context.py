@@ -15,7 +15,7 @@ from torch import Tensor
 from paracomm.errors import Error, InvalidArgument
 from paracomm.models import Decoder, DecoderConfig
 from paracomm.parallel import rng
-from paracomm.parallel.attention import POSITION_BITS, Attention, attention
+from paracomm.parallel.attention import POSITION_BITS, Attention, HeadDropout, attention
 from paracomm.parallel.context import ContextAttention, context_positions
 from paracomm.parallel.mesh import Mesh
 from paracomm.parallel.plan import parallelize
@@ -123,6 +123,24 @@ def test_positions_in_any_order(positions) -> None:
 
     expected = with_gradients(lambda *x: written_out(*x, causal=True, q_positions=where)[0], q, k, v, grad)
     expect_close(with_gradients(ours, q, k, v, grad), expected, positions)
+
+
+@pytest.mark.parametrize("positions", [[4, 5, 6, 1, 2], [4, 5, 6, 7, 8]])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_second_derivatives_and_torch_func(positions, dropped) -> None:
+    q, k, v, _ = inputs(2, 2, 1, 5, 9, 4)
+    where, drop = torch.tensor(positions), HeadDropout(STREAM, P, 0, 2) if dropped else None
+
+    def ours(q, k, v):
+        options = {"q_positions": where, "k_positions": torch.arange(9), "causal": True, "dropout": drop}
+        return attention(q, k, v, **options)[0]
+
+    with rng.at(rng.Place(0, 0, torch.arange(2), torch.arange(9))):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        assert torch.autograd.gradgradcheck(ours, leaves, fast_mode=True)
+        expected = torch.autograd.grad(ours(*leaves).sin().sum(), leaves)
+        found = torch.func.grad(lambda *x: ours(*x).sin().sum(), (0, 1, 2))(*(x.detach() for x in leaves))
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("masked", [False, True])

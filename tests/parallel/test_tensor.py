@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from ranks import Rank, run_ranks
 from torch import nn
 
-from paracomm.errors import InvalidArgument
-from paracomm.parallel.loss import Head, vocabulary_loss
+from paracomm.errors import Error, InvalidArgument
+from paracomm.parallel.loss import Head, merged_loss, vocabulary_loss
 from paracomm.parallel.mesh import Mesh
 from paracomm.parallel.plan import (
     Column,
@@ -306,6 +306,62 @@ def check_collectives(rank: Rank) -> None:
 @pytest.mark.parametrize("tp", [2, 3])
 def test_collectives(tp) -> None:
     run_ranks(tp, check_collectives)
+
+
+def check_second_derivatives(rank: Rank) -> None:
+    """Of a gradient's norm, as on one process; where they are not supported, an Error at once and on every rank."""
+    mesh = mesh_of(rank)
+    region = Region(mesh.group("tp"))
+    n, r = region.size, region.index
+    scales = torch.linspace(0.5, 1.5, n, dtype=torch.float64)
+    sizes = [4, 3, 3] if n == 3 else [4, 6]
+
+    def parts(x):
+        first = sum(sizes[:r])
+        return (
+            reduce_from((copy_to(x, region) * scales[r]).sin(), region)
+            + join(split(x, region).cos(), region)
+            + join(scatter_sum((copy_to(x, region) * scales[r]).cos(), region) ** 2, region)
+            + gather_last(copy_to(x, region)[..., first : first + sizes[r]] ** 3, region, sizes)
+        )
+
+    def whole(x):
+        return sum((x * a).sin() for a in scales) + x.cos() + sum((x * a).cos() for a in scales) ** 2 + x**3
+
+    plain = double(Mlp(6, True), std=0.5)
+    parallel = parallelize(copy.deepcopy(plain), mesh, mlp_plan(False, "x"))
+
+    def penalty(function):
+        x = activations(B, T, D).requires_grad_()
+        y = function(x)
+        (first,) = torch.autograd.grad((y * torch.linspace(-1, 1, D, dtype=y.dtype)).sum(), x, create_graph=True)
+        first.square().sum().backward()
+        return x.grad
+
+    close(penalty(parts), penalty(whole), "collectives")
+    close(penalty(parallel), penalty(plain), "columns and rows")
+    named = dict(parallel.named_parameters())
+    for name, theirs in plain.named_parameters():
+        if theirs.grad is not None:
+            close(whole_gradient(named[name], mesh), theirs.grad, f"gradient of {name}")
+
+    sequence = parallelize(copy.deepcopy(plain), mesh, mlp_plan(True), sequence=True)
+    x = activations(B, T, D).requires_grad_()
+    with pytest.raises(Error, match=r"RowLinear with sequence parallelism: its gradient .* create_graph=True"):
+        torch.autograd.grad(sequence(x).sum(), x, create_graph=True)
+    logits = activations(4, 5).requires_grad_()
+    loss, _ = vocabulary_loss(logits, torch.tensor([0, 3, 5 * n - 1, -100]), region.group, 5 * r)
+    with pytest.raises(Error, match=r"vocabulary_loss: .* create_graph=True"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+    lse, logit = (activations(2, 4) + r).requires_grad_()
+    loss, _ = merged_loss(lse, logit, torch.tensor([0, 3, 1, -100]), region.group)
+    with pytest.raises(Error, match=r"merged_loss: .* create_graph=True"):
+        torch.autograd.grad(loss, lse, create_graph=True)
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_second_derivatives(tp) -> None:
+    run_ranks(tp, check_second_derivatives)
 
 
 def check_beside_data_parallel(rank: Rank) -> None:
