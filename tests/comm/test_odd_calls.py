@@ -1,5 +1,5 @@
-"""Odd calls: every method x every argument x a list of odd values ends right, or in a named error that is the same on all
-ranks and is raised before anything is sent; nothing dies, nothing hangs."""
+"""Odd calls: every method x every argument x a list of odd values ends right, or in a named error that is the same on
+all ranks and is raised before anything is sent; nothing dies, nothing hangs."""
 
 from __future__ import annotations
 
