@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch.distributed as dist
 
 import paracomm
 from tests.comm.odd_arrays import REFUSED, RIGHT
+from tests.ranks import free_port
 
 TIMEOUT_S = 4.0  # of an operation
 LIMIT_S = 10.0  # of a call
@@ -79,10 +81,11 @@ class Ended:
 class Seat:
     """A rank's place: a communicator of two, renewed when a call has spoilt it."""
 
-    def __init__(self, rank: int, exchange: Callable[[bytes], list[bytes]], folder: str) -> None:
-        self.rank, self.exchange, self.folder, self.peer = rank, exchange, folder, 1 - rank
+    def __init__(self, rank: int, exchange: Callable[[bytes], list[bytes]], port: int) -> None:
+        self.rank, self.exchange, self.port, self.peer = rank, exchange, port, 1 - rank
         self.turn = 0
         self.comm: Any = None
+        self.store: Any = None
 
     def open(self) -> None:
         self.comm = paracomm.connect(self.rank, 2, self.exchange, timeout_s=TIMEOUT_S)
@@ -100,10 +103,10 @@ class BackendSeat(Seat):
     """The same for torch.distributed's default process group."""
 
     def open(self) -> None:
-        from datetime import timedelta
-
+        if self.store is None:
+            self.store = dist.TCPStore("127.0.0.1", self.port, 2, is_master=self.rank == 0)
         self.turn += 1
-        store = dist.FileStore(f"{self.folder}/{self.turn}", 2)
+        store = dist.PrefixStore(str(self.turn), self.store)
         limit = timedelta(seconds=TIMEOUT_S)
         dist.init_process_group("paracomm", store=store, rank=self.rank, world_size=2, timeout=limit)
 
@@ -151,7 +154,7 @@ def _failed(error: BaseException) -> Ended:
     return Ended("error", type(error).__name__, named, origin, text[:200])
 
 
-def _rank_main(rank: int, cases: Sequence[Case], kind: type[Seat], pipe: Connection, folder: str, log: str) -> None:
+def _rank_main(rank: int, cases: Sequence[Case], kind: type[Seat], pipe: Connection, port: int, log: str) -> None:
     os.setsid()
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -167,7 +170,7 @@ def _rank_main(rank: int, cases: Sequence[Case], kind: type[Seat], pipe: Connect
             raise paracomm.PeerLost("the other rank does not connect")
         return blobs
 
-    seat = kind(rank, exchange, folder)
+    seat = kind(rank, exchange, port)
     seat.open()
     pipe.send(("ended", Ended("right")))
     while (number := pipe.recv()) is not None:
@@ -200,11 +203,12 @@ class Pair:
     def __init__(self, cases: Sequence[Case], kind: type[Seat], folder: Path) -> None:
         self.processes, self.pipes, self.logs = [], [], []
         folder.mkdir()
+        port = free_port()
         for rank in range(2):
             ours, theirs = get_context("fork").Pipe()
             log = str(folder / f"log{rank}")
             process = get_context("fork").Process(
-                target=_rank_main, args=(rank, cases, kind, theirs, str(folder), log), name=f"rank {rank}"
+                target=_rank_main, args=(rank, cases, kind, theirs, port, log), name=f"rank {rank}"
             )
             process.start()
             theirs.close()
@@ -282,11 +286,15 @@ class Report:
     torchs: dict[str, int] = field(default_factory=dict)
     """Errors that torch raised before our code was reached, by file and type."""
     pairs: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of each call, and of what its end needs: a new communicator, two new ranks."""
 
     def __str__(self) -> str:
         lines = [f"{self.calls} calls on {self.pairs} pairs: {self.right} right, {self.refused} refused, "
                  f"{len(self.failures)} failures"]  # fmt: skip
         lines += [f"  {name}: {why}" for name, why in self.failures]
+        slowest = sorted(self.seconds, key=self.seconds.__getitem__, reverse=True)[:5]
+        lines += [f"  {self.seconds[name]:.2f} s: {name}" for name in slowest]
         lines += [f"  raised by torch itself: {count} x {origin}" for origin, count in sorted(self.torchs.items())]
         return "\n".join(lines)
 
@@ -297,6 +305,7 @@ def run_cases(cases: Sequence[Case], kind: type[Seat], folder: Path) -> Report:
     folder.mkdir(exist_ok=True)
     try:
         for number, case in enumerate(cases):
+            began = time.monotonic()
             if pair is None:
                 report.pairs += 1
                 pair = Pair(cases, kind, folder / str(report.pairs))
@@ -315,6 +324,7 @@ def run_cases(cases: Sequence[Case], kind: type[Seat], folder: Path) -> Report:
                     origin = f"{ended.origin}: {ended.error}"
                     report.torchs[origin] = report.torchs.get(origin, 0) + 1
             pair = _go_on(pair, ends, why)
+            report.seconds[case.name] = time.monotonic() - began
     finally:
         if pair is not None:
             pair.end()
