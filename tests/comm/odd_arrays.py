@@ -459,7 +459,8 @@ def _torch_kinds(backend: bool) -> list[Kind]:
             return Made(x, lambda: numbers(x), made.intact)
 
         count = view(torch.zeros(base)).numel()
-        found.append(Kind(f"torch {name}", make, count, lambda n: torch.zeros(n).to(dtype), **expect))
+        like = torch.float32 if name.startswith("imag") else dtype
+        found.append(Kind(f"torch {name}", make, count, lambda n: torch.zeros(n).to(like), **expect))
 
     for name, (base, view) in VIEWS.items():
         add(f"float32 {name}", torch.float32, base, view)

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 
 from tests.comm.odd_arrays import EITHER, REFUSED, RIGHT, SCALARS, Kind, Made, kinds, numbers, values
 from tests.comm.odd_calls import Case, Prepared
-from tests.comm.odd_communicator import NUMBERS, ROWS, add, like, plain_case, same
+from tests.comm.odd_communicator import NUMBERS, ROWS, add, like, plain_case, same, shape_of
 
 Numbers = np.ndarray
 Everybodys = list[dict[str, Numbers]]
@@ -343,11 +343,19 @@ def tensor_case(form: Form, role_of: str, kind: Kind, waits: bool) -> Case:
         return Prepared(call, check, untouched)
 
     name = f"dist {form.name}({role_of}={kind.name}){' async' if waits else ''}"
-    return Case(name, prepare, EITHER if asymmetric and expect == REFUSED else expect, asymmetric)
+    raw = kind.name in ("torch bits", "torch float4")  # its good partners are of another dtype
+    return Case(
+        name,
+        prepare,
+        EITHER if asymmetric and expect == REFUSED else expect,
+        asymmetric,
+        raw,
+        form.name == "batch_isend_irecv",
+    )
 
 
 def _fits(form: Form, kind: Kind, role_of: str) -> bool:
-    shape = tuple(getattr(kind.make(0).array, "shape", (kind.count,)))
+    shape = shape_of(kind.make(0).array)
     if form.halves and (not shape or shape[0] % 2):
         return False
     if form.name == "all_to_all_single splits" and shape != (4,):
@@ -360,11 +368,15 @@ def _fits(form: Form, kind: Kind, role_of: str) -> bool:
     return len(shape) == 1 or form.name in ("all_reduce", "reduce", "broadcast", "isend and irecv")
 
 
+# The good call of a pair comes before the odd one, and is left over where that is refused.
+LATER = {("isend and irecv", "out"), ("irecv and isend", "x")}
+
+
 def tensors() -> Iterator[Case]:
     turn = 0
     for form in FORMS:
         for role_of in form.roles:
-            if role_of == "out2":
+            if role_of == "out2" or (form.name, role_of) in LATER:
                 continue
             for kind in kinds(True):
                 both = form.name in ("all_reduce", "broadcast") and kind.read != REFUSED
@@ -502,11 +514,10 @@ def options() -> Iterator[Case]:
         "PREMUL_SUM": lambda: dist._make_nccl_premul_sum(2.0),
         "class": lambda: dist.ReduceOp,
         "tensor": lambda: torch.ones(2),
-        "UNUSED": lambda: dist.ReduceOp.RedOpType.UNUSED,
         "type SUM": lambda: dist.ReduceOp.RedOpType.SUM,
     }
     for name, value in ops.items():
-        expect = EITHER if name in ("type SUM", "None", "PREMUL_SUM", "UNUSED", "5", "-1", "True", "99") else REFUSED
+        expect = EITHER if name in ("type SUM", "None", "PREMUL_SUM", "5", "-1", "True", "99") else REFUSED
         yield plain_case(
             f"dist all_reduce(op={name})",
             lambda seat, op: all_reduce(seat, op=op) if op is not None else "",
@@ -529,7 +540,6 @@ def options() -> Iterator[Case]:
         "the base": lambda: dist.ProcessGroup(0, 2),
         "non-member": lambda: dist.GroupMember.NON_GROUP_MEMBER,
         "name": lambda: dist.group.WORLD.group_name,
-        "of __new__": lambda: type(dist.group.WORLD).__new__(type(dist.group.WORLD)),
     }
     grouped: dict[str, Callable[[Any, Any], Any]] = {
         "all_reduce": lambda seat, g: dist.all_reduce(x(seat.rank), group=g),
@@ -545,8 +555,6 @@ def options() -> Iterator[Case]:
     }
     for name, call in grouped.items():
         for value_name, value in groups.items():
-            if (name, value_name) == ("monitored_barrier", "of __new__"):
-                continue  # nothing of it is called that could refuse it
             yield plain_case(
                 f"dist {name}(group={value_name})", lambda seat, g, c=call: _quietly(c(seat, g)), value, EITHER, False
             )

@@ -139,6 +139,14 @@ def like(partner: Callable[[int], Any], count: int, rank: int | None) -> Any:
     return x
 
 
+def shape_of(x: Any) -> tuple[int, ...]:
+    """Of whatever it is: one dimension of unknown size where it tells none."""
+    try:
+        return tuple(int(n) for n in x.shape)
+    except Exception:
+        return (4,)
+
+
 def same(found: np.ndarray, want: np.ndarray) -> bool:
     return found.size == want.size and bool(np.array_equal(found, want, equal_nan=found.dtype.kind in "fc"))
 
@@ -147,8 +155,7 @@ def _call(form: Form, seat: Any, arrays: dict[str, Any], options: dict[str, Any]
     options = dict(options)
     first = arrays["x"]
     if form.rows and not any(name in options for name in form.rows):
-        shape = getattr(first, "shape", ()) or (0,)
-        n = int(shape[0])
+        n = (shape_of(first) or (0,))[0]
         for name in form.rows[: 1 if form.method != "all_gather_v" else 0]:
             options[name] = [n // 2, n - n // 2]
     positional = [options.pop("rows")] if form.method == "reduce_scatter_v" else []
@@ -206,7 +213,7 @@ def array_case(form: Form, role_of: str, kind: Kind, way: str, alone: bool = Fal
             if not readable or made[role_of].numbers is None:
                 return "accepted" if expect == REFUSED and not asymmetric else ""
             want = form.want(rank, 0, everybodys)
-            shape = getattr(made["x"].array, "shape", (0,))
+            shape = shape_of(made["x"].array)
             if form.rows and form.method != "all_gather_v" and (not shape or shape[0] % 2):
                 return ""  # blocks of different sizes
             if want is None:
@@ -236,7 +243,7 @@ def _fits(form: Form, kind: Kind, role_of: str, x_count: int) -> bool:
     if form.method in ("broadcast", "reduce"):
         return True
     made = kind.make(0).array
-    shape = getattr(made, "shape", (kind.count,))
+    shape = shape_of(made)
     if form.method in ("all_gather", "gather", "all_gather_v") and role_of == "x":
         return form.method != "all_gather_v" or len(shape) > 0
     if role_of == "out":
@@ -465,8 +472,8 @@ def _both_ways(seat: Any, send: dict[str, Any] | None = None, recv: dict[str, An
 
 def _to_peer(seat: Any, name: str, given: Any) -> str:
     """send or recv with an odd peer: right means what peer int(given) would do."""
-    if given is None and name == "recv":
-        return _both_ways(seat, recv={"peer": None})
+    if given is None:
+        return _both_ways(seat, **{name: {"peer": None}})
     if float(given) != seat.rank and float(given) in (0, 1):
         return _both_ways(seat, **{name: {"peer": given}})
     x = np.full(4, 9.0)
