@@ -119,7 +119,10 @@ def _kernel_of(operation: Any) -> Callable[..., Any]:
             return operation.redispatch(keys & _BELOW, *args, **kwargs)
         call = stack[-1]
         # What has no values is nothing to send, as in torch's own backends; its kernels for meta tensors say so.
-        if any(tensor.is_meta or type(tensor).__name__ == "FakeTensor" for tensor in tensors_of(args[:group_at])):
+        empty = [tensor.is_meta or type(tensor).__name__ == "FakeTensor" for tensor in tensors_of(args[:group_at])]
+        if any(empty) and not all(empty):
+            raise InvalidArgument("some tensors have memory, others are on device meta: expected one device")
+        if any(empty):
             return operation.redispatch(keys & _BELOW, *args, **kwargs)
         for tensor in tensors_of(args[:group_at]):
             if answers_for_itself(tensor):

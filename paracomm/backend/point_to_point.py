@@ -11,7 +11,7 @@ import torch
 
 from paracomm.backend.work import Past, Work
 from paracomm.comm import Communicator
-from paracomm.comm.arrays import assign
+from paracomm.comm.arrays import assign, known, native, view, writable_view
 from paracomm.errors import InvalidArgument, Timeout
 
 # Tags of torch's callers are not negative.
@@ -37,16 +37,21 @@ class PointToPoint:
         """Sends sends[r] to rank r and receives recvs[r] from it; tensors of any length, 0 too, of one dtype.
 
         Raises:
-            InvalidArgument: this rank sends itself another length than it expects.
+            InvalidArgument: a tensor cannot be sent or received, or this rank sends itself another length than it
+                expects.
         """
-        own, recvs = self._comm.rank, [tensor.detach() for tensor in recvs]
+        own, recvs, sends = self._comm.rank, [native(tensor) for tensor in recvs], [native(tensor) for tensor in sends]
+        for tensor in recvs:
+            writable_view(what, tensor)
+        for tensor in sends:
+            view(known(tensor))
         if sends[own].numel() != recvs[own].numel():
             raise InvalidArgument(
                 f"{what}: rank {own} sends itself {sends[own].numel()} elements and expects {recvs[own].numel()}"
             )
         begin, end = min(map(_begin, recvs)), max(map(_end, recvs))
         # What is received must not take the place of what is yet to be sent.
-        sends = [each.clone() if _begin(each) < end and begin < _end(each) else each.detach() for each in sends]
+        sends = [each.clone() if _begin(each) < end and begin < _end(each) else each for each in sends]
         parts = []
         for shift in range(1, self._comm.world_size):
             peer = (own + shift) % self._comm.world_size

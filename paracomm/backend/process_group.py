@@ -80,6 +80,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._mapper = BucketMapper(comm)
         self._devices = Devices(comm)
         self._p2p = PointToPoint(comm)
+        self._exchanged: list[Any] = []  # parts of exchanges that may be under way
         self._splits = self._monitored = self._sequence = 0
 
     # --- who we are ---
@@ -298,11 +299,12 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _blocks(self, what: str, tensor: Tensor, splits: Sequence[int] | None) -> list[Tensor]:
         """Every rank's block of a tensor that is split along dimension 0."""
-        n, rows = self.comm.world_size, len(tensor) if tensor.dim() else 0
+        _need(tensor.dim() > 0, "all_to_all_single", f"the {what} has no dimension to split")
+        n, rows = self.comm.world_size, len(tensor)
         splits = list(splits) if splits else [rows // n] * n
         _need(len(splits) == n and sum(splits) == rows and min(splits) >= 0, "all_to_all_single",
               f"{what} splits {splits} do not fit dimension 0 of {tuple(tensor.shape)} and {n} ranks")  # fmt: skip
-        return list(tensor.detach().split(splits)) if tensor.dim() else [tensor.detach()[None]] * n
+        return list(tensor.detach().split(splits))
 
     @named("all_to_all", inputs=1)
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Any:
@@ -318,17 +320,21 @@ class ProcessGroup(dist.ProcessGroup):
         if self._devices.has(sends[0]):
             rows = [block.numel() for block in sends], [block.numel() for block in recvs]
             return self._run(opts, value, [partial(self.comm.all_to_all_v, Several(sends), *rows, out=Several(recvs))])
-        work = Work(self._p2p.exchange(what, list(recvs), list(sends), self._limit(opts)), value)
+        parts = self._p2p.exchange(what, list(recvs), list(sends), self._limit(opts))
+        work = Work(parts, value, self._publisher, self._backward)
         if getattr(opts, "asyncOp", True):
+            self._exchanged = [part for part in (*self._exchanged, *parts) if not part.done()]
             return work
         work.wait()
         return COMPLETED
 
     @named("barrier")
     def barrier(self, opts: Any = None) -> Any:
-        """On a GPU too: what any stream of it holds is complete on every rank afterwards, as with NCCL."""
+        """All collectives before it are complete afterwards, those that nobody waited for and exchanges of blocks too.
+        On a GPU as well: what any stream of it holds is complete on every rank, as with NCCL."""
         self._devices.synchronize()
-        return self._run(opts, [], [self.comm.barrier])
+        exchanged, self._exchanged = self._exchanged, []
+        return self._run(opts, [], [self.comm.barrier, *(partial(_waited, part) for part in exchanged)])
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """Like barrier; rank 0 raises with the ranks that did not come in time. The group is of use afterwards."""
@@ -436,6 +442,13 @@ def op_name(op: Any) -> str:
 
 def _over(**_: Any) -> Past:
     return Past()
+
+
+def _waited(part: Any, *, timeout_s: float | None, async_op: bool = False) -> Any:
+    """What is under way already, in the place of a call."""
+    if not async_op:
+        part.wait(timeout_s)
+    return part
 
 
 def _stacked(target: Several, outs: list[Tensor]) -> Tensor:

@@ -53,6 +53,19 @@ def view(array: Any) -> View:
     return View(*_C.view(array))
 
 
+def writable_view(what: str, array: Any) -> View:
+    """The view of an array, as the core knows it, that an operation can write. Raises InvalidArgument for others."""
+    found = view(known(array))
+    if not found.writable:
+        raise InvalidArgument(f"{what}: the output array is read-only")
+    if not found.distinct:
+        raise InvalidArgument(
+            f"{what}: elements of the array share memory (a stride is 0, or smaller than what it steps over), so that "
+            "no result can be put into it; pass a contiguous copy"
+        )
+    return found
+
+
 def host_view(array: Any) -> View:
     """The same, and raises InvalidArgument for what is on a GPU."""
     found = view(array)
@@ -86,7 +99,7 @@ class Several:
             if array.dtype != self.arrays[0].dtype or view(known(array)).device != view(first).device:
                 found = f"{array.dtype} and {self.arrays[0].dtype}"
                 raise InvalidArgument(f"arrays of {found} in one operation, expected one dtype and device")
-        self.counts = [view(known(array)).count for array in self.arrays]
+        self.shape = (sum(math.prod(array.shape) for array in self.arrays),)
 
     def joined(self) -> Any:
         """One flat array over the memory of all, if they lie back to back in one storage, as the chunks of a torch

@@ -41,8 +41,8 @@ from paracomm.comm.arrays import (
     need_reducible,
     unpack,
     view,
+    writable_view,
 )  # fmt: skip
-from paracomm.comm.compiled import untraced
 from paracomm.comm.device import Device, Lane
 from paracomm.comm.work import Work
 from paracomm.errors import InvalidArgument
@@ -304,15 +304,7 @@ class Communicator:
         if isinstance(x, Several) and (joined := x.joined()) is not None:
             whole = joined
         parts = whole.arrays if isinstance(whole, Several) else [native(whole)]
-        views = [view(known(part)) for part in parts]
-        for found in views:
-            if not found.writable:
-                raise InvalidArgument(f"{what}: the output array is read-only")
-            if not found.distinct:
-                raise InvalidArgument(
-                    f"{what}: elements of the array share memory (a stride is 0, or smaller than what it steps over), "
-                    "so that no result can be put into it; pass a contiguous copy"
-                )
+        views = [writable_view(what, part) for part in parts]
         on_host = views[0].device == HOST
         staged = not on_host and (staged or self._stages(views[0]))
         if len(parts) == 1 and views[0].contiguous and not staged:
@@ -779,8 +771,7 @@ def _never(x: Any, op: str, out: Any) -> None:
 
 
 def _shape_of(x: Any) -> tuple[int, ...]:
-    """Of an array; Several have one dimension."""
-    return (sum(x.counts),) if isinstance(x, Several) else tuple(native(x).shape)
+    return x.shape if isinstance(x, Several) else tuple(native(x).shape)
 
 
 def _tag(what: str, tag: Any) -> int:

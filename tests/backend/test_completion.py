@@ -261,12 +261,22 @@ def zero_dimensional(make: Make) -> Started:
     return Started("all_gather 0-d", dist.all_gather(outs, x, async_op=True), outs, [torch.ones((), dtype=x.dtype)] * 2)
 
 
+VIEWED_BY_TORCH = {
+    "all_reduce", "all_reduce_coalesced", "mixed_dtypes", "broadcast", "all_gather", "all_gather_joined",
+    "all_gather_uneven", "all_gather_into_tensor", "all_gather_into_tensor_coalesced", "all_gather_coalesced",
+    "all_to_all", "all_to_all_single", "all_to_all_single_splits", "scatter", "receive", "receive_any", "batch",
+}  # fmt: skip
+"""Here torch.distributed itself calls view_as_real on complex tensors, which raises for conjugated ones."""
+
+
 def everything() -> Iterator[tuple[str, Callable[[], Started]]]:
     for form, make in FORMS.items():
         for n in COUNTS:
             for start in starters(make, n):
+                if form == "conjugated" and start.__name__ in VIEWED_BY_TORCH:
+                    continue
                 yield f"{form} x {n}: {start.__name__}", start
-        if form != "requires grad":
+        if form not in ("requires grad", "conjugated"):
             yield f"{form} 0-d", lambda make=make: zero_dimensional(make)
 
 
@@ -407,7 +417,7 @@ ENDS = [polled, dropped, waited_twice, waited_by_two, future_waited, future_poll
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
 def test_every_call_and_memory(end: Any) -> None:
     counts = run_ranks(2, checked, end)
-    assert min(counts) == len(FORMS) * len(COUNTS) * CALLS + len(FORMS) - 1
+    assert min(counts) == len(COUNTS) * (len(FORMS) * CALLS - len(VIEWED_BY_TORCH)) + len(FORMS) - 2
 
 
 def wrongly(one: Started) -> None:

@@ -24,7 +24,7 @@ def run(*arguments: str, timeout_s: float) -> str:
 
 
 def test_some() -> None:
-    """Reductions of several tensors, of sparse ones, of what is a GPU's tensor to torch, and DDP with a static graph."""
+    """Reductions of several tensors, of sparse ones, of what is a GPU's to torch, and DDP with a static graph."""
     match = "all_reduce_coalesced_full|reduce_sum_cuda$|ddp_static_graph"
     assert "PASS  8 of 8 that pass on gloo pass" in run("--worlds", "2", "--match", match, timeout_s=240)
 

@@ -91,7 +91,10 @@ def test_dlpack() -> None:
     """The producer is told the stream for which its data must be ready."""
     x = OnlyDlpack(gpu_arrays.DLPACK_CUDA)
     found = arrays.view(x)
-    assert x.asked == {"stream": gpu_arrays.LEGACY_STREAM, "max_version": (1, 0)} and found.stream == gpu_arrays.LEGACY_STREAM
+    assert (
+        x.asked == {"stream": gpu_arrays.LEGACY_STREAM, "max_version": (1, 0)}
+        and found.stream == gpu_arrays.LEGACY_STREAM
+    )
     assert found.count == 6 and found.dtype == _C.DTYPES["int64"]
     with pytest.raises(InvalidArgument, match="DLPack array on device type 8"):
         arrays.view(OnlyDlpack(8))
