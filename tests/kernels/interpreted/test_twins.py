@@ -13,7 +13,7 @@ from torch import Tensor
 from paracomm import kernels
 from paracomm.errors import Error, InvalidArgument
 from paracomm.kernels import Backend
-from tests.kernels.operations import CASES, Case, check_autocast, check_lse, counterparts
+from tests.kernels.operations import CASES, LENGTHS, Case, check_autocast, check_lse, counterparts
 
 
 @dataclass(frozen=True)
@@ -222,3 +222,8 @@ def test_autocast(name: str) -> None:
 
 def test_autocast_leaves_lse_in_float32() -> None:
     check_lse("triton")
+
+
+@pytest.mark.parametrize("check", LENGTHS)
+def test_lengths(check) -> None:
+    check("triton")
