@@ -167,6 +167,7 @@ def trained(x: Tensor) -> Tensor:
     return x.detach().requires_grad_() if x.is_floating_point() and not x.is_inference() else x
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of what is infinite
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_all_are_odd(call: Call, odd: str) -> None:
