@@ -39,3 +39,10 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
 def widest(*tensors: Tensor | None) -> torch.dtype:
     """What torch promotes them to."""
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
+
+
+def as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Cast as of a product, where autocast is on for the first one's device; or as they are."""
+    assert tensors[0] is not None
+    lower = autocast_dtype(tensors[0])
+    return list(tensors) if lower is None else cast(lower, *tensors)

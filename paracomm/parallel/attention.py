@@ -30,6 +30,7 @@ from paracomm import kernels
 from paracomm.errors import Error, InvalidArgument
 from paracomm.kernels import derivatives
 from paracomm.kernels.attention import HEAD_SIZES
+from paracomm.kernels.autocast import as_autocast, autocast_off
 from paracomm.kernels.select import transformed
 from paracomm.parallel import rng
 
@@ -262,6 +263,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with autocast_off(grad):
+            return _Attention.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, q_positions, k_positions, key_mask = ctx.saved_tensors
         if derivatives.wanted():
             found = derivatives.pull_back(
@@ -308,15 +314,18 @@ def attention(
         dropout: of the weights; masks follow from the current Place, which `rng.at(place)` sets.
         key_mask: bool [B, S], False for a key that nobody sees. A query that sees none has an out of 0.
 
-    Raises InvalidArgument for shapes that do not fit, and Error for dropout outside of a Place.
+    Under autocast q, k and v are cast to its dtype. Raises InvalidArgument for shapes that do not fit, and Error for
+    dropout outside of a Place.
     """
+    q_BHTK, k_BGSK, v_BGSK = as_autocast(q_BHTK, k_BGSK, v_BGSK)
     check_shapes(q_BHTK, k_BGSK, v_BGSK, q_positions, k_positions, key_mask)
     scale = q_BHTK.shape[-1] ** -0.5 if scale is None else scale
     rule = Rule(causal, scale, dropout, None if dropout is None else rng.current())
-    if transformed():
-        return _plain(rule, q_BHTK, k_BGSK, v_BGSK, q_positions, k_positions, key_mask)
-    out, lse = _Attention.apply(q_BHTK, k_BGSK, v_BGSK, rule, q_positions, k_positions, key_mask)
-    return out, lse
+    with autocast_off(q_BHTK):
+        if transformed():
+            return _plain(rule, q_BHTK, k_BGSK, v_BGSK, q_positions, k_positions, key_mask)
+        out, lse = _Attention.apply(q_BHTK, k_BGSK, v_BGSK, rule, q_positions, k_positions, key_mask)
+        return out, lse
 
 
 def check_shapes(

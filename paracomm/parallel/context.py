@@ -32,6 +32,7 @@ from torch import Tensor
 
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
+from paracomm.kernels.autocast import as_autocast, autocast_off
 from paracomm.kernels.derivatives import once
 from paracomm.parallel import rng
 from paracomm.parallel.attention import (
@@ -98,6 +99,7 @@ class ContextAttention(Attention):
         """out_BHTK of this rank's queries. `key_mask`: bool [B, S] of this rank's keys, on all ranks or on none."""
         if self.group.world_size == 1 or self.whole:
             return super().forward(q_BHTK, k_BGSK, v_BGSK, causal=causal, key_mask=key_mask)
+        q_BHTK, k_BGSK, v_BGSK = as_autocast(q_BHTK, k_BGSK, v_BGSK)
         T, S = q_BHTK.shape[2], k_BGSK.shape[2]
         q_positions, k_positions = self._positions(T, S, causal)
         check_shapes(q_BHTK, k_BGSK, v_BGSK, q_positions[0], k_positions[0], key_mask)
@@ -107,7 +109,8 @@ class ContextAttention(Attention):
         if self.method == "ulysses":
             return _ulysses(q_BHTK, k_BGSK, v_BGSK, rule, self.group, q_positions, k_positions, key_masks)
         ring = Ring(self.group, rule, q_positions[self.group.rank], k_positions, key_masks)
-        out: Tensor = _RingAttention.apply(q_BHTK, k_BGSK, v_BGSK, ring)
+        with autocast_off(q_BHTK):
+            out: Tensor = _RingAttention.apply(q_BHTK, k_BGSK, v_BGSK, ring)
         return out
 
     def _positions(self, T: int, S: int, causal: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -193,8 +196,13 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once("ring attention")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        ring: Ring = ctx.ring
+        with autocast_off(grad):
+            return _RingAttention.gradients(ctx.ring, grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def gradients(
+        ring: Ring, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor | None, ...]:
         dq = torch.zeros(q.shape, dtype=lse.dtype)
         # dk and dv of the keys at hand, summed in the order in which these visit the ranks, starting at their own.
         carried, spare = torch.zeros(2, *k.shape, dtype=lse.dtype), torch.empty(2, *k.shape, dtype=lse.dtype)

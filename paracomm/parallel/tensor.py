@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from paracomm import kernels
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
+from paracomm.kernels.autocast import as_autocast
 from paracomm.kernels.derivatives import once, wanted
 from paracomm.parallel.loss import IGNORED, merged_loss, vocabulary_loss
 from paracomm.parallel.sequence import Reduction, gather_and_multiply
@@ -192,7 +193,8 @@ def columns(region: Region, x: Tensor, *parameters: Tensor | None) -> tuple[Tens
     if region.size == 1:
         pairs = zip(cast("tuple[Tensor, ...]", parameters[::2]), parameters[1::2], strict=True)
         return tuple(F.linear(x, weight, bias) for weight, bias in pairs)
-    products = _Columns.apply(region, rows_of(x, region.sequence), *parameters)
+    x, *cast_parameters = as_autocast(x, *parameters)
+    products = _Columns.apply(region, rows_of(x, region.sequence), *cast_parameters)
     return tuple(shaped(product, x.shape, region.sequence) for product in products)
 
 
@@ -248,7 +250,8 @@ class RowLinear(nn.Module):
         sequence = self.region.sequence
         if sequence:
             self.region.own(z.shape[1])
-        return shaped(_Row.apply(self.region, rows_of(z, sequence), self.weight, self.bias), z.shape, sequence)
+        z, weight, bias = as_autocast(z, self.weight, self.bias)
+        return shaped(_Row.apply(self.region, rows_of(z, sequence), weight, bias), z.shape, sequence)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} here -> {self.out_features}, {self.region.size} ranks"

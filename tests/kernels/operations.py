@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from paracomm import kernels
+from paracomm.errors import InvalidArgument
 from paracomm.kernels import reference_cross_entropy as twin
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -214,3 +217,60 @@ def check_lse(backend: kernels.Backend) -> None:
     for out, lse in (*found, one):
         assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
         torch.testing.assert_close(lse.double(), exact[:, :, -lse.shape[2] :], rtol=1e-5, atol=1e-5)
+
+
+# --- lengths ---
+def check_tokens_of_no_sequence(backend: kernels.Backend) -> None:
+    """Before the first, after the last, and where there is no sequence: zeros, -inf, gradients of zero."""
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, heads, 12, 8, generator=generator) for heads in (4, 2, 2))
+    for edges in ([2, 5, 5, 9], [0, 9], [0], [3]):
+        cu = torch.tensor(edges, dtype=torch.int32)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        most = max((b - a for a, b in itertools.pairwise(edges)), default=0)
+        with kernels.backend(backend):
+            out, lse = kernels.attention(*leaves, causal=True, cu_q=cu, cu_k=cu, max_q=most, max_k=most)
+            grads = torch.autograd.grad(out.sum(), leaves)
+        outside = torch.ones(12, dtype=torch.bool)
+        outside[edges[0] : edges[-1]] = False
+        assert out.shape == q.shape and lse.shape == q.shape[:3]
+        assert not out[:, :, outside].any() and bool((lse[:, :, outside] == -torch.inf).all())
+        assert not any(grad[:, :, outside].any() for grad in grads)
+        for begin, end in itertools.pairwise(edges):
+            own = [x[:, :, begin:end].clone().requires_grad_() for x in (q, k, v)]
+            expected = F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True)
+            torch.testing.assert_close(out[:, :, begin:end], expected, rtol=1e-4, atol=1e-5)
+            for grad, e in zip(grads, torch.autograd.grad(expected.sum(), own), strict=True):
+                torch.testing.assert_close(grad[:, :, begin:end], e, rtol=1e-4, atol=1e-5)
+
+
+def check_edges_that_do_not_rise(backend: kernels.Backend) -> None:
+    q = torch.randn(1, 2, 12, 8)
+    fits = torch.tensor([0, 4, 12], dtype=torch.int32)
+    wrong = {
+        r"cu_q has 7, 4 at sequence 1, a length of -3, expected 0 to 9": [0, 7, 4],
+        r"cu_q is 0\.\.13, expected within 0\.\.12": [0, 4, 13],
+        r"cu_q is -1\.\.12, expected within 0\.\.12": [-1, 4, 12],
+        r"cu_q has 2, 12 at sequence 1, a length of 10, expected 0 to 9, which is max_q": [0, 2, 12],
+    }
+    for words, edges in wrong.items():
+        with kernels.backend(backend), pytest.raises(InvalidArgument, match=words):
+            kernels.attention(q, q, q, cu_q=torch.tensor(edges, dtype=torch.int32), cu_k=fits, max_q=9, max_k=9)
+
+
+def check_lengths_above_the_cache(backend: kernels.Backend) -> None:
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(3, heads, t, 8, generator=generator) for heads, t in ((4, 2), (2, 10), (2, 10)))
+    given, meant = torch.tensor([10, 11, 2**31 - 1], dtype=torch.int32), torch.full((3,), 10, dtype=torch.int32)
+    every: list[dict] = [{}, {"window": 3}, {"softcap": 2.0}, {"need_lse": False}]
+    for options in every:
+        with kernels.backend(backend):
+            found = kernels.decode(q, k, v, given, **options)
+            expected = kernels.decode(q, k, v, meant, **options)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        options = {name: value for name, value in options.items() if name != "need_lse"}
+        exact, _ = kernels.attention(q.double(), k.double(), v.double(), causal=True, **options)
+        torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+LENGTHS = [check_tokens_of_no_sequence, check_edges_that_do_not_rise, check_lengths_above_the_cache]

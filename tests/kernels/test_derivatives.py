@@ -8,7 +8,7 @@ from torch import Tensor
 
 from paracomm.errors import Error
 from paracomm.kernels import attention_backward, derivatives
-from tests.kernels.operations import CASES, MIXTURES, Case, check_autocast, check_lse, counterparts
+from tests.kernels.operations import CASES, LENGTHS, MIXTURES, Case, check_autocast, check_lse, counterparts
 
 
 def outputs(case: Case, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -108,3 +108,8 @@ def test_autocast(name: str, mixture: str) -> None:
 
 def test_autocast_leaves_lse_in_float32() -> None:
     check_lse("eager")
+
+
+@pytest.mark.parametrize("check", LENGTHS)
+def test_lengths(check) -> None:
+    check("eager")

@@ -143,6 +143,16 @@ def test_second_derivatives_and_torch_func(positions, dropped) -> None:
         torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_autocast_leaves_lse_in_float32() -> None:
+    q, k, v, _ = (x.float() for x in inputs(1, 2, 1, 5, 9, 16))
+    where = {"q_positions": torch.tensor([4, 5, 6, 1, 2]), "k_positions": torch.arange(9), "causal": True}
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = attention(q, k, v, **where)
+    exact = attention(*(x.bfloat16().double() for x in (q, k, v)), **where)[1]
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_log_sum_exp(masked) -> None:
     q, k, v, _ = inputs(2, 4, 2, 6, 9, 4)

@@ -359,6 +359,33 @@ def check_second_derivatives(rank: Rank) -> None:
         torch.autograd.grad(loss, lse, create_graph=True)
 
 
+def check_autocast(rank: Rank) -> None:
+    """Dtypes and, within bfloat16's rounding, gradients as of the plain modules; backward outside and inside."""
+    mesh = mesh_of(rank)
+    plain = double(Mlp(6, True), std=0.3).float()
+    for sequence, inside in ((False, False), (True, False), (False, True)):
+        parallel = parallelize(copy.deepcopy(plain), mesh, mlp_plan(sequence), sequence=sequence)
+        found = []
+        for model in (plain, parallel):
+            model.zero_grad()
+            x = activations(B, T, D).float().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model.down(F.silu(model.gate(x)) * model.up(x)) if not sequence else model(x)
+                if inside:
+                    y.float().square().sum().backward()
+            if not inside:
+                y.float().square().sum().backward()
+            found.append((y.detach(), x.grad, model.up.weight.grad))
+        for ours, theirs in zip(*([*each[:2]] for each in found), strict=True):
+            assert ours.dtype == theirs.dtype
+            assert float((ours - theirs).norm()) <= 0.05 * float(ours.norm())
+        assert found[0][2].dtype == found[1][2].dtype == torch.float32
+
+
+def test_autocast() -> None:
+    run_ranks(2, check_autocast)
+
+
 @pytest.mark.parametrize("tp", [2, 3])
 def test_second_derivatives(tp) -> None:
     run_ranks(tp, check_second_derivatives)

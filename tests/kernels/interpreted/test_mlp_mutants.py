@@ -42,7 +42,7 @@ SLOPES = {
     "silu": ("d = s * (1.0 + x * (1.0 - s))", "d = s"),
     "gelu": ("* DENSITY", "* 0.5 * DENSITY"),
     "gelu_tanh": ("(3.0 * CUBIC)", "CUBIC"),
-    "relu": ("tl.where(x > 0, 1.0, 0.0)", "tl.where(x > -1, 1.0, 0.0)"),
+    "relu": ("tl.where(x <= 0.0, 0.0, 1.0)", "tl.where(x <= -1.0, 0.0, 1.0)"),
 }
 
 

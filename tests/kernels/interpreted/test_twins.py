@@ -13,7 +13,7 @@ from torch import Tensor
 from paracomm import kernels
 from paracomm.errors import Error, InvalidArgument
 from paracomm.kernels import Backend
-from tests.kernels.operations import CASES, Case, check_autocast, check_lse, counterparts
+from tests.kernels.operations import CASES, LENGTHS, Case, check_autocast, check_lse, counterparts
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ def trained(x: Tensor) -> Tensor:
     return x.detach().requires_grad_() if x.is_floating_point() and not x.is_inference() else x
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of what is infinite
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_all_are_odd(call: Call, odd: str) -> None:
@@ -222,3 +223,8 @@ def test_autocast(name: str) -> None:
 
 def test_autocast_leaves_lse_in_float32() -> None:
     check_lse("triton")
+
+
+@pytest.mark.parametrize("check", LENGTHS)
+def test_lengths(check) -> None:
+    check("triton")
