@@ -66,8 +66,8 @@ def usual(world: dict[str, Any]) -> dict[str, Any]:
     """What suits an argument of that name."""
     return {
         "array": MEMORY, "name": "x", "collective": 0, "rank": 0, "world_size": 1, "root": -1, "chunks": 1,
-        "scratch_chunks": 1, "volume": 1, "levels": 1, "pair_depth": 1, "fingerprint": 1, "ops": np.zeros((0, 12), np.int32),
-        "interface": "",
+        "scratch_chunks": 1, "volume": 1, "levels": 1, "pair_depth": 1, "fingerprint": 1,
+        "ops": np.zeros((0, 12), np.int32), "interface": "",
         "master_address": "", "host_id": "a", "timeout_s": 0.2, "connect_timeout_s": 0.2, "listener": world["Listener"],
         "blobs": [world["Listener"].publish()], "window_bytes": 4096, "staging_bytes": 65536, "sockets_per_peer": 1,
         "cores": 1, "lag": 1, "program": 0, "entries": [(8, 0)], "nbytes": 64, "data": MEMORY.ctypes.data, "dtype": 1,
