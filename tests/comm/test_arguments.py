@@ -125,7 +125,7 @@ def test_staging_fits_the_memory() -> None:
 def test_odd_calls_kill_nobody(tmp_path: Path) -> None:
     """Everything that _C has, with some 60 000 odd lists of arguments."""
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "tests.comm.odd_calls", str(log), "1"]
+    command = [sys.executable, "-m", "tests.comm.extension_calls", str(log), "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PARACOMM_EMULATED_DEVICES": "2"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=150)
     last = log.read_text(errors="replace")[-500:]

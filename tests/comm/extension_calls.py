@@ -1,7 +1,7 @@
 """Calls everything that _C has with arguments that nobody means. The last line of the log names the call that was under
 way if the interpreter dies.
 
-    python -m tests.comm.odd_calls LOG SEEDS
+    python -m tests.comm.extension_calls LOG SEEDS
 
 Left out: what reads or writes where an integer says. That memory is there, and as much as a count asks for, cannot be
 known of a number, so `run`, `submit`, `submit_device`, `send`, `recv`, `bucket`, `pack`, `unpack` get addresses of
