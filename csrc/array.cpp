@@ -465,6 +465,10 @@ ArrayView view_of(PyObject* object) {
     if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw;
     refuse(std::string("a ") + Py_TYPE(object)->tp_name +
            " whose memory cannot be reached: " + py::str(error.value()).cast<std::string>());
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {  // pybind11's, of an answer that is not what the protocol says
+    refuse(std::string("a ") + Py_TYPE(object)->tp_name + " that describes itself wrongly: " + error.what());
   }
   if (view.data == nullptr && view.count > 0) refuse("the array has no memory");
   return view;

@@ -113,6 +113,11 @@ class Unpack {
   std::vector<Copy> copies_;
 };
 
+void need_memory(uintptr_t data, size_t nbytes) {
+  if (data == 0 && nbytes > 0)
+    throw Error(ErrorKind::invalid_argument, "no memory for a message of " + std::to_string(nbytes) + " bytes");
+}
+
 /// None, an Unpack (which needs no lock of Python's), or whatever can be called.
 Work::Finish make_finish(const py::object& finish) {
   if (finish.is_none()) return {};
@@ -229,7 +234,7 @@ bool barrier(Communicator& comm, double timeout_s) {
 /// Seconds of each of `iterations` in-place float32 sums, timed here, without Python; a barrier program before each.
 std::vector<double> time_all_reduce(Communicator& comm, int program, int barrier, size_t count, int iterations,
                                     bool arena) {
-  constexpr size_t kMostElements = size_t{1} << 36;
+  constexpr size_t kMostElements = size_t{1} << 30;
   if (count > kMostElements || iterations < 0 || iterations > 1'000'000)
     throw Error(ErrorKind::invalid_argument, "to time " + std::to_string(iterations) + " sums of " +
                                                  std::to_string(count) + " elements, expected 0 to 1000000 of up to " +
@@ -288,7 +293,7 @@ void register_comm(py::module_& m) {
   py::class_<Unpack>(m, "Unpack", py::is_final(), convert::constructed_at_once())
       .def(py::init<uintptr_t, const std::vector<Unpack::Part>&>(), py::arg("packed"), py::arg("parts"),
            "Parts: (offset in bytes, array, first element, number of elements). Calling it copies them.")
-      .def("__call__", &Unpack::operator(), py::call_guard<py::gil_scoped_release>());
+      .def("__call__", [](const Unpack& u) { u(); }, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Program>(m, "Program", py::is_final(), convert::constructed_at_once())
       .def(py::init(&make_program), py::kw_only(), py::arg("name"), py::arg("collective"), py::arg("rank"),
@@ -309,11 +314,11 @@ void register_comm(py::module_& m) {
       .def_property_readonly("host_id", [](const Listener& listener) { return to_str(listener.address().host_id); });
 
   py::class_<Work, std::shared_ptr<Work>>(m, "Work", py::is_final(), convert::made_by_the_core())
-      .def("wait", &Work::wait, py::arg("timeout_s") = -1.0, nogil)
-      .def("done", &Work::done)
-      .def_property_readonly("source", &Work::source)
-      .def_property_readonly("began_ns", &Work::began_ns)
-      .def_property_readonly("ended_ns", &Work::ended_ns);
+      .def("wait", convert::method(&Work::wait), py::arg("timeout_s") = -1.0, nogil)
+      .def("done", convert::method(&Work::done))
+      .def_property_readonly("source", convert::method(&Work::source))
+      .def_property_readonly("began_ns", convert::method(&Work::began_ns))
+      .def_property_readonly("ended_ns", convert::method(&Work::ended_ns));
   m.attr("ANY_PEER") = kAnyPeer;
 
   py::dict ranges;
@@ -362,19 +367,19 @@ void register_comm(py::module_& m) {
   const auto finish_arg = py::arg("finish") = py::none();
   py::class_<Communicator, std::shared_ptr<Communicator>> cls(m, "Communicator", py::is_final(),
                                                               convert::made_by_the_core());
-  cls.def_property_readonly("rank", &Communicator::rank)
-      .def_property_readonly("world_size", &Communicator::world_size)
+  cls.def_property_readonly("rank", convert::method(&Communicator::rank))
+      .def_property_readonly("world_size", convert::method(&Communicator::world_size))
       .def_property_readonly("hosts",
                              [](const Communicator& c) {
                                py::list hosts;
                                for (const std::string& host : c.hosts()) hosts.append(to_str(host));
                                return hosts;
                              })
-      .def_property_readonly("host_indices", &Communicator::host_indices)
-      .def_property_readonly("local_ranks", &Communicator::local_ranks)
+      .def_property_readonly("host_indices", convert::method(&Communicator::host_indices))
+      .def_property_readonly("local_ranks", convert::method(&Communicator::local_ranks))
       .def_property_readonly("cores", [](const Communicator& c) { return c.options().cores; })
       .def_property_readonly("timeout_s", [](const Communicator& c) { return c.options().timeout_s; })
-      .def("add_program", &Communicator::add_program, py::arg("program"))
+      .def("add_program", convert::method(&Communicator::add_program), py::arg("program"))
       .def(
           "set_choice",
           [](Communicator& c, int collective, int root, std::vector<std::pair<size_t, int>> entries) {
@@ -392,6 +397,7 @@ void register_comm(py::module_& m) {
           [](Communicator& c, uintptr_t data, size_t nbytes, int dtype, int peer, double timeout_s, int tag) {
             // No lock of the core's is waited for with Python's held: who holds it may need Python's, see make_finish.
             const py::gil_scoped_release released;
+            need_memory(data, nbytes);
             return c.send(reinterpret_cast<void*>(data), nbytes, convert::dtype(dtype), peer, timeout_s, tag);
           },
           py::arg("data"), py::arg("nbytes"), py::arg("dtype"), py::arg("peer"), py::arg("timeout_s") = -1.0,
@@ -402,6 +408,7 @@ void register_comm(py::module_& m) {
              const py::object& finish) {
             Work::Finish after = make_finish(finish);
             const py::gil_scoped_release released;
+            need_memory(data, nbytes);
             return c.recv(reinterpret_cast<void*>(data), nbytes, convert::dtype(dtype), peer, timeout_s, tag,
                           std::move(after));
           },
@@ -409,11 +416,11 @@ void register_comm(py::module_& m) {
           py::arg("tag") = 0, py::arg("finish") = py::none())
       .def(
           "abort", [](Communicator& c, const Text& why) { c.abort(why.bytes); }, py::arg("why"), nogil)
-      .def("close", &Communicator::close, nogil)
-      .def("check", &Communicator::check)
-      .def("bytes_sent", &Communicator::bytes_sent, py::arg("peer"))
-      .def("transport", &Communicator::transport, py::arg("peer"))
-      .def("seconds_waiting", &Communicator::seconds_waiting)
+      .def("close", convert::method(&Communicator::close), nogil)
+      .def("check", convert::method(&Communicator::check))
+      .def("bytes_sent", convert::method(&Communicator::bytes_sent), py::arg("peer"))
+      .def("transport", convert::method(&Communicator::transport), py::arg("peer"))
+      .def("seconds_waiting", convert::method(&Communicator::seconds_waiting))
       .def("fast_all_reduce", &make_fast_all_reduce)
       .def("barrier", &barrier, py::arg("timeout_s"), nogil)
       .def("time_all_reduce", &time_all_reduce, py::arg("program"), py::arg("barrier"), py::arg("count"),
@@ -437,7 +444,7 @@ void register_comm(py::module_& m) {
                         std::move(after));
       },
       finish_arg);
-  cls.def("attach_device", &Communicator::attach_device, py::arg("device"));
+  cls.def("attach_device", convert::method(&Communicator::attach_device), py::arg("device"));
   cls.def(
       "submit_device",
       [](Communicator& c, uintptr_t stream, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op,
@@ -480,7 +487,7 @@ void register_comm(py::module_& m) {
             return arena.contains(reinterpret_cast<const void*>(p), nbytes);
           },
           py::arg("address"), py::arg("nbytes"))
-      .def_property_readonly("bytes_in_use", &Arena::bytes_in_use)
+      .def_property_readonly("bytes_in_use", convert::method(&Arena::bytes_in_use))
       .def_property_readonly("size", [](const Arena& arena) { return arena.mapping().size(); });
 
   for (const char* name : {"Program", "Listener", "Work", "Communicator", "Arena"}) convert::seal(m.attr(name));

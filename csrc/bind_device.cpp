@@ -87,12 +87,12 @@ void register_device(py::module_& m) {
   py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket", py::is_final(), convert::made_by_the_core());
   py::class_<DeviceExecutor, std::shared_ptr<DeviceExecutor>>(m, "DeviceExecutor", py::is_final(),
                                                               convert::made_by_the_core())
-      .def_property_readonly("kind", &DeviceExecutor::kind)
-      .def_property_readonly("device", &DeviceExecutor::device)
+      .def_property_readonly("kind", convert::method(&DeviceExecutor::kind))
+      .def_property_readonly("device", convert::method(&DeviceExecutor::device))
       .def("publish", [](DeviceExecutor& executor) { return py::bytes(executor.publish()); })
-      .def("connect", &DeviceExecutor::connect, py::arg("cards"), nogil)
-      .def("join", &DeviceExecutor::join, py::arg("work"), py::arg("stream"))
-      .def("synchronize", &DeviceExecutor::synchronize, py::arg("stream"), nogil)
+      .def("connect", convert::method(&DeviceExecutor::connect), py::arg("cards"), nogil)
+      .def("join", convert::method(&DeviceExecutor::join), py::arg("work"), py::arg("stream"))
+      .def("synchronize", convert::method(&DeviceExecutor::synchronize), py::arg("stream"), nogil)
       .def("bucket", &make_bucket, py::arg("items"), py::arg("dtype"), nogil)
       .def(
           "pack",
@@ -108,7 +108,7 @@ void register_device(py::module_& m) {
             executor.unpack(bucket, reinterpret_cast<const void*>(flat), convert::dtype(dtype), scale, stream);
           },
           py::arg("bucket"), py::arg("flat"), py::arg("dtype"), py::arg("scale"), py::arg("stream"), nogil)
-      .def("close", &DeviceExecutor::close, nogil);
+      .def("close", convert::method(&DeviceExecutor::close), nogil);
   m.def("make_device", &make_device, py::arg("comm"), py::arg("kind"), py::arg("device"));
   for (const char* name : {"Bucket", "DeviceExecutor"}) convert::seal(m.attr(name));
 }

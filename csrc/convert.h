@@ -5,6 +5,7 @@
 
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "array.h"
 #include "core/dtype.h"
@@ -54,6 +55,21 @@ inline paracomm::ReduceOp reduce_op(int value) {
 }
 inline paracomm::Collective collective(int value) {
   return code<paracomm::Collective>("collective", value, static_cast<int>(paracomm::Collective::custom) + 1);
+}
+
+/// A method as a function of a reference: bound as it is, pybind11 would take None for self, and the method a null
+/// pointer.
+template <class Result, class Class, class... Arguments>
+auto method(Result (Class::*function)(Arguments...)) {
+  return [function](Class& self, Arguments... arguments) -> Result {
+    return (self.*function)(std::forward<Arguments>(arguments)...);
+  };
+}
+template <class Result, class Class, class... Arguments>
+auto method(Result (Class::*function)(Arguments...) const) {
+  return [function](const Class& self, Arguments... arguments) -> Result {
+    return (self.*function)(std::forward<Arguments>(arguments)...);
+  };
 }
 
 /// Dense memory of the host with elements of one type; `array` must outlive the view.

@@ -62,14 +62,27 @@ def is_seen(args: tuple[Any, ...]) -> bool:
     """
     if torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(answers_for_itself(tensor) for tensor in tensors_of(args))
+    if not any(answers_for_itself(tensor) for tensor in tensors_of(args)):
+        return False
+    _need_alike(args)
+    return True
+
+
+def _need_alike(args: tuple[Any, ...]) -> None:
+    """Raises InvalidArgument where some tensors have values and others none."""
+    if len({_has_values(tensor) for tensor in tensors_of(args)}) > 1:
+        raise InvalidArgument("some tensors have values, others are fake or on device meta: expected one kind")
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
 
 
 def answers_for_itself(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a __torch_dispatch__, or no memory at all. Raises InvalidArgument for a DTensor."""
+    """Whether a tensor has a __torch_dispatch__. Raises InvalidArgument for a DTensor."""
     kind = type(tensor)
     if kind in _PLAIN:
-        return tensor.is_meta
+        return False
     if kind.__name__ == "DTensor":
         raise InvalidArgument("a DTensor, of which a collective knows no memory: pass x.to_local()")
     return kind.__torch_dispatch__ is not _NO_DISPATCH
@@ -92,6 +105,13 @@ def send(group: Any, name: str, method: Callable[..., Any], *args: Any, **kwargs
     stack.append(call)
     try:
         work = getattr(group.twin, name)(*args, **kwargs)
+    except NotImplementedError as error:
+        if not any(answers_for_itself(tensor) for tensor in tensors_of(args)):
+            raise  # a mode's
+        kinds = sorted({type(tensor).__name__ for tensor in tensors_of(args) if answers_for_itself(tensor)})
+        raise InvalidArgument(
+            f"{name} of {' and '.join(kinds)}: pass the plain tensors that they wrap ({error})"
+        ) from error
     finally:
         stack.pop()
     return work if call.work is None else call.work
@@ -118,17 +138,11 @@ def _kernel_of(operation: Any) -> Callable[..., Any]:
         if not stack or stack[-1].group.twin is not group:
             return operation.redispatch(keys & _BELOW, *args, **kwargs)
         call = stack[-1]
-        # What has no values is nothing to send, as in torch's own backends; its kernels for meta tensors say so.
-        empty = [tensor.is_meta or type(tensor).__name__ == "FakeTensor" for tensor in tensors_of(args[:group_at])]
-        if any(empty) and not all(empty):
-            raise InvalidArgument("some tensors have memory, others are on device meta: expected one device")
-        if any(empty):
+        tensors = args[:group_at]
+        _need_alike(tensors)
+        if not all(_has_values(tensor) for tensor in tensors_of(tensors)):
+            # There is nothing to send, as in torch's own backends, whose kernels for meta tensors say so.
             return operation.redispatch(keys & _BELOW, *args, **kwargs)
-        for tensor in tensors_of(args[:group_at]):
-            if answers_for_itself(tensor):
-                raise InvalidArgument(
-                    f"a {type(tensor).__name__}, whose __torch_dispatch__ does not unwrap it: pass what it wraps"
-                )
         own = 0 if operation.__name__.startswith("barrier") else group_at  # torch gives it a tensor that we do not need
         call.work = call.method(call.group, *args[:own], *call.args[own:], **call.kwargs)
         boxed = call.work.boxed()

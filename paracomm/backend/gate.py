@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from paracomm.backend.process_group import ProcessGroup
+from paracomm.comm.arguments import seconds
 
 
 @functools.cache
@@ -22,8 +23,9 @@ def lift() -> None:
         asked = distributed_c10d._get_default_group() if group is None else group
         if not isinstance(asked, ProcessGroup):
             return torchs(group, timeout, wait_all_ranks)
-        limit = timedelta(seconds=timeout) if isinstance(timeout, int | float) else timeout
-        return asked.monitored_barrier(limit, wait_all_ranks)
+        if timeout is not None and not isinstance(timeout, timedelta):
+            timeout = timedelta(seconds=seconds("monitored_barrier: timeout", timeout))
+        return asked.monitored_barrier(timeout, wait_all_ranks)
 
     distributed_c10d.monitored_barrier = monitored_barrier
     dist.monitored_barrier = monitored_barrier

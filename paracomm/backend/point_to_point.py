@@ -11,6 +11,7 @@ import torch
 
 from paracomm.backend.work import Past, Work
 from paracomm.comm import Communicator
+from paracomm.comm.arguments import rank_of
 from paracomm.comm.arrays import assign, known, native, view, writable_view
 from paracomm.errors import InvalidArgument, Timeout
 
@@ -26,9 +27,11 @@ class PointToPoint:
         self._to_self = _ToSelf(comm.rank)
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int, timeout_s: float | None) -> Work:
+        dst = rank_of("send: dst", dst, self._comm.world_size)
         return Work([self._send(tensor.detach(), dst, tag, timeout_s)], [tensor])
 
     def recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout_s: float | None) -> Work:
+        src = None if src is None else rank_of("recv: src", src, self._comm.world_size)
         return Work([self._recv(tensor.detach(), src, tag, timeout_s)], [tensor])
 
     def exchange(

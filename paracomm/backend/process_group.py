@@ -35,6 +35,7 @@ from paracomm.backend.work import (
     seconds,
 )  # fmt: skip
 from paracomm.comm import Communicator
+from paracomm.comm.arguments import block_rows, rank_of
 from paracomm.comm.compiled import untraced
 from paracomm.errors import InvalidArgument
 from paracomm.timeline import record
@@ -132,7 +133,10 @@ class ProcessGroup(dist.ProcessGroup):
     # --- its end, its timeout ---
     def set_timeout(self, timeout: timedelta) -> None:
         """Of every later operation that brings none of its own."""
-        self._timeout_s = timeout.total_seconds()
+        limit_s = seconds(timeout)
+        if limit_s is None:
+            raise InvalidArgument(f"set_timeout: {timeout} is no time")
+        self._timeout_s = limit_s
         self._fast = lambda *_: None  # knows the communicator's timeout only
 
     _set_default_timeout = set_timeout
@@ -290,6 +294,10 @@ class ProcessGroup(dist.ProcessGroup):
         input_splits: Sequence[int] | None = None, opts: Any = None,
     ) -> Any:  # fmt: skip
         what = "all_to_all_single"
+        for base in (input._base, output._base):
+            # torch has made a pair of numbers of it, whose halves would go to different ranks.
+            _need(base is None or not base.is_complex() or base.dim() > 0, what,
+                  "a complex tensor without dimensions cannot be split")  # fmt: skip
         if not output_splits and not input_splits:
             _need(input.dim() > 0 and len(input) % self.comm.world_size == 0, what,
                   f"dimension 0 of {tuple(input.shape)} does not divide by {self.comm.world_size}")  # fmt: skip
@@ -301,8 +309,8 @@ class ProcessGroup(dist.ProcessGroup):
         """Every rank's block of a tensor that is split along dimension 0."""
         _need(tensor.dim() > 0, "all_to_all_single", f"the {what} has no dimension to split")
         n, rows = self.comm.world_size, len(tensor)
-        splits = list(splits) if splits else [rows // n] * n
-        _need(len(splits) == n and sum(splits) == rows and min(splits) >= 0, "all_to_all_single",
+        splits = block_rows(f"all_to_all_single: {what}_split_sizes", splits, n) if splits else [rows // n] * n
+        _need(sum(splits) == rows, "all_to_all_single",
               f"{what} splits {splits} do not fit dimension 0 of {tuple(tensor.shape)} and {n} ranks")  # fmt: skip
         return list(tensor.detach().split(splits))
 
@@ -339,7 +347,7 @@ class ProcessGroup(dist.ProcessGroup):
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """Like barrier; rank 0 raises with the ranks that did not come in time. The group is of use afterwards."""
         self._monitored += 1
-        limit_s = self.comm.timeout_s if timeout is None else timeout.total_seconds()
+        limit_s = seconds(timeout) or self.comm.timeout_s
         monitored_barrier(self._store, self.comm, self._monitored, limit_s, wait_all_ranks)
 
     # --- from one, to one ---
@@ -403,8 +411,9 @@ class ProcessGroup(dist.ProcessGroup):
         """A group of `ranks` of this one; None on the others. Every rank of this group calls it, with its own list."""
         from paracomm.backend.create import connect_group
 
+        ranks = _ranks(ranks, self.comm.world_size)
+        seconds(timeout)
         self._splits += 1
-        ranks = sorted(ranks)
         if self.comm.rank not in ranks:
             return None
         name = group_name or f"{self._name}:split:{self._splits}"
@@ -438,6 +447,15 @@ def op_name(op: Any) -> str:
     if kind not in OPS:
         raise InvalidArgument(f"reduction {kind} is not supported; there are {', '.join(OPS.values())}")
     return OPS[kind]
+
+
+def _ranks(ranks: Any, world_size: int) -> list[int]:
+    try:
+        found = sorted(rank_of("split_group: a rank", rank, world_size) for rank in ranks)
+    except TypeError:
+        raise InvalidArgument(f"split_group: ranks must be a list of ranks, got {ranks!r}") from None
+    _need(len(found) == len(set(found)) > 0, "split_group", f"ranks {found} are none, or one comes twice")
+    return found
 
 
 def _over(**_: Any) -> Past:

@@ -18,13 +18,18 @@ import torch.distributed as dist
 from paracomm import background
 from paracomm.comm.compiled import untraced
 from paracomm.comm.streams import SideStream
+from paracomm.errors import InvalidArgument
 
 Tensors = list[torch.Tensor]
 
 
 def seconds(timeout: timedelta | None) -> float | None:
     """None where torch means "the default": nothing, zero (kNoTimeout) or less (kUnsetTimeout)."""
-    value = 0.0 if timeout is None else timeout.total_seconds()
+    if timeout is None:
+        return None
+    if not isinstance(timeout, timedelta):
+        raise InvalidArgument(f"a timeout is a datetime.timedelta, got {timeout!r}")
+    value = timeout.total_seconds()
     return value if value > 0 else None
 
 

@@ -134,7 +134,9 @@ def version_of(launcher: str) -> str:
     # Intel's launcher is a script that looks for its own parts on PATH.
     environment = os.environ | {"PATH": f"{Path(launcher).parent.resolve()}:{os.environ.get('PATH', '')}"}
     try:
-        done = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=10, env=environment)
+        done = subprocess.run(
+            [launcher, "--version"], capture_output=True, text=True, errors="replace", timeout=10, env=environment
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not run: {error}"
     version = re.search(r"\d+(\.\d+)+", done.stdout)

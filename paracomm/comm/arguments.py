@@ -48,6 +48,14 @@ def text(what: str, value: Any) -> str:
     return value
 
 
+def flag(what: str, value: Any) -> bool:
+    """Raises InvalidArgument for what is neither true nor false."""
+    try:
+        return bool(value)
+    except Exception as error:
+        raise InvalidArgument(f"{what} must be True or False, got a {type(value).__name__}: {error}") from None
+
+
 def op_code(op: str) -> int:
     """The core's number of a reduction."""
     code = _C.REDUCE_OPS.get(op) if isinstance(op, str) else None

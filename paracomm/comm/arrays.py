@@ -132,7 +132,11 @@ def native(array: Any) -> Any:
     torch's AsyncCollectiveTensor is waited for and unwrapped.
     """
     if is_torch(array):
-        return array.trigger_wait() if type(array).__name__ == "AsyncCollectiveTensor" else array.detach()
+        if type(array).__name__ == "AsyncCollectiveTensor":
+            return array.trigger_wait()
+        if type(array).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__:
+            view(array)  # refuses it
+        return array.detach()
     if isinstance(array, np.ndarray) or is_cupy(array):
         return array
     found = view(array)  # refuses what is no array
@@ -155,7 +159,7 @@ def _native_on_gpu(array: Any, device: int) -> Any:
 
 
 def known(array: Any) -> Any:
-    """A view of the array in a dtype that the core knows: complex numbers as pairs, what has one byte as uint8.
+    """A view of the array in a dtype that the core knows: complex numbers as pairs, floats of 8 bits as uint8.
 
     Raises:
         InvalidArgument: there is none.
@@ -166,7 +170,7 @@ def known(array: Any) -> Any:
             return array
         if array.is_complex():
             return torch.view_as_real(array.conj() if array.is_conj() else array)
-        return array.view(torch.uint8) if array.itemsize == 1 else array
+        return array.view(torch.uint8) if _name(array.dtype).startswith("float8") else array
     if array.dtype.kind != "c":
         return array
     pairs = np if isinstance(array, np.ndarray) else sys.modules["cupy"]
@@ -297,7 +301,7 @@ def arena_array(shape: int | Sequence[int], dtype: Any, like: str | None) -> Any
         kind = np.dtype(np.float32 if dtype is None else dtype)
     except TypeError as error:
         raise InvalidArgument(f"dtype must be one of NumPy's or torch's, got {dtype!r}: {error}") from None
-    if kind.hasobject:
+    if kind.hasobject or kind.itemsize == 0:
         raise InvalidArgument(f"dtype must be of numbers, got {dtype!r}")
     pages = _C.Arena.process().allocate(max(1, count * kind.itemsize))
     return pages[: count * kind.itemsize].view(kind).reshape(shape)

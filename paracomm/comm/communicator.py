@@ -17,6 +17,7 @@ from paracomm.comm.arguments import (
     apart,
     block_rows,
     block_shape,
+    flag,
     need_rows,
     need_same,
     op_code,
@@ -26,6 +27,7 @@ from paracomm.comm.arguments import (
 )  # fmt: skip
 from paracomm.comm.arrays import (
     HOST,
+    MOST_ELEMENTS,
     Several,
     View,
     arena_array,
@@ -43,6 +45,7 @@ from paracomm.comm.arrays import (
     view,
     writable_view,
 )  # fmt: skip
+from paracomm.comm.compiled import untraced
 from paracomm.comm.device import Device, Lane
 from paracomm.comm.work import Work
 from paracomm.errors import InvalidArgument
@@ -210,8 +213,10 @@ class Communicator:
         if isinstance(algorithm, str):
             params = {"hosts": self.host_indices} if algorithm in ("hierarchical", "ordered") else {}
             algorithm = build(collective, algorithm, self.world_size, root, **params)
-        if not isinstance(algorithm, Schedule):
-            raise InvalidArgument(f"{collective}: algorithm must be a name or a Schedule, got {algorithm!r}")
+        if not isinstance(algorithm, Schedule) or not hasattr(algorithm, "collective"):
+            raise InvalidArgument(
+                f"{collective}: algorithm must be a name or a Schedule, got a {type(algorithm).__name__}"
+            )
         if algorithm.collective != collective:
             raise InvalidArgument(f"{collective} was given a schedule of {algorithm.collective}")
         return self._program(algorithm), lane
@@ -223,6 +228,7 @@ class Communicator:
         largest_block: int = 0,
     ) -> Any:  # fmt: skip
         program, lane = chosen
+        async_op = flag("async_op", async_op)
         limit = seconds("timeout_s", timeout_s)
         arguments = (program, source, target, count, dtype, op, limit, list(blocks), list(output_blocks), largest_block)
         label: spans.Label | None = spans.EARLIER
@@ -346,6 +352,7 @@ class Communicator:
             InvalidArgument: on every rank: one of them has no usable GPU or cannot map another one's memory; it says
                 why.
         """
+        index = None if index is None else whole("use_device: index", index, 0, 2**15)
         if self.device is None and self._mode != "host" and len(set(self.host_indices)) == 1:
             if self._emulates:
                 kind, index = "emulated", device.emulated_index(self._core)
@@ -355,7 +362,7 @@ class Communicator:
         return self.device
 
     def _lane(self, found: View | None) -> Lane:
-        used = self.device or self.use_device(None if found is None else found.device)
+        used = self.device or self.use_device(None if found is None or found.device == HOST else found.device)
         assert used is not None  # or `found` had been staged
         return used.lane(found)
 
@@ -365,7 +372,7 @@ class Communicator:
         algorithm: str | Schedule | None = None, timeout_s: float | None = None,
     ) -> Any:  # fmt: skip
         """The reduction of every rank's x, on every rank: into `out` (shape and dtype of x) or, without it, into x."""
-        plain = not async_op and algorithm is None and timeout_s is None and record.current is None
+        plain = async_op is False and algorithm is None and timeout_s is None and record.current is None
         if plain and self.fast_all_reduce(x, op, out):
             return x if out is None else out
         code = op_code(op)
@@ -452,7 +459,7 @@ class Communicator:
         mine, width = int(whole_x.shape[0]), math.prod(source.shape[1:])
         made = self._made(what, v, out)
         if rows is None:
-            rows = self._rows(what, mine, None if made is None else made[1].count // max(1, width))
+            rows = self._rows(what, mine, None if made is None or width == 0 else made[1].count // width)
         rows = block_rows(f"{what}: rows", rows, self.world_size)
         if rows[self.rank] != mine:
             raise InvalidArgument(f"{what}: rows {rows} do not fit {tuple(whole_x.shape)} on rank {self.rank}")
@@ -625,7 +632,7 @@ class Communicator:
         self, *, async_op: bool = False, algorithm: str | Schedule | None = None, timeout_s: float | None = None
     ) -> Any:
         """Returns when every rank has called it."""
-        plain = not async_op and algorithm is None and record.current is None and not self._emulates
+        plain = async_op is False and algorithm is None and record.current is None and not self._emulates
         if plain and self._core.barrier(seconds("timeout_s", timeout_s)):
             return None
         program = self._select("barrier", None, None, 0, algorithm)
@@ -636,6 +643,7 @@ class Communicator:
         """Sends x to `peer`, which calls recv. Messages of a pair and tag arrive in order; everything posted moves at
         once. What is on a GPU is staged through host memory, here and in recv: the host waits for the copy."""
         peer, tag, limit = self._peer("send to", peer), _tag("send", tag), seconds("timeout_s", timeout_s)
+        async_op = flag("async_op", async_op)
         source, v = self._readable("send", x, staged=True)
         label = spans.EARLIER if record.current is None else self._label("send", v.nbytes, peer=peer)
         core = self._core.send(v.address, v.nbytes, v.dtype, peer, limit, tag)
@@ -648,7 +656,7 @@ class Communicator:
         """Overwrites x with what `peer` (None: whichever rank is first, `Work.source` says which) sends under this tag;
         count and dtype must be the sender's."""
         source = _C.ANY_PEER if peer is None else self._peer("recv from", peer)
-        tag, limit = _tag("recv", tag), seconds("timeout_s", timeout_s)
+        tag, limit, async_op = _tag("recv", tag), seconds("timeout_s", timeout_s), flag("async_op", async_op)
         target, w, finish = self._writable("recv", x, staged=True)
         label = spans.EARLIER if record.current is None else self._label("recv", w.nbytes, peer=peer)
         core = self._core.recv(w.address, w.nbytes, w.dtype, source, limit, tag, finish)
@@ -753,6 +761,8 @@ class Communicator:
         self, nbytes: int, iterations: int, arena: bool = False, algorithm: str | None = None
     ) -> list[float]:
         """Seconds of each of `iterations` in-place float32 sums of nbytes, timed inside the core; collective."""
+        nbytes, iterations = whole("nbytes", nbytes, 0, MOST_ELEMENTS), whole("iterations", iterations, 0, 2**31 - 1)
+        arena = flag("arena", arena)
         program, _ = self._select("all_reduce", None, None, nbytes, algorithm)
         barrier = self._choose("barrier", None, 0)
         return list(self._core.time_all_reduce(program, barrier, max(1, nbytes // 4), iterations, arena))

@@ -107,7 +107,7 @@ def check_settings(
 
 
 def _option(name: str, value: Any) -> int:
-    if value is None or (value == 0 and not isinstance(value, bool)):
+    if value is None or (type(value) is int and value == 0):
         return 0
     return whole(name, value, *_C.OPTIONS[name])
 
@@ -115,6 +115,8 @@ def _option(name: str, value: Any) -> int:
 def connect_since(began: float, rank: int, world_size: int, exchange: Exchange, settings: Settings) -> Communicator:
     """connect() whose time runs from `began` of time.monotonic() on."""
     local = settings.transport == "local"
+    if not callable(exchange):
+        raise InvalidArgument(f"exchange must be a function of bytes, got {exchange!r}")
     world_size = whole("world_size", world_size, 1, _C.MOST_THREADS if local else MOST_RANKS)
     rank = whole("rank", rank, 0, world_size - 1)
     kept = (settings.transport, settings.interface, settings.master_address, settings.host_id,

@@ -155,9 +155,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void size_windows(bool network, bool crowded);
   Patience patience() const;
   /// `idle`: no job is queued or running, so that plans may be dropped.
-  const Plan& plan(const Call& call, bool idle);
+  const Plan& plan(const Call& call, const Program& program, bool idle);
   /// The program of a call. Throws if there is none, or if the communicator has failed.
-  const std::shared_ptr<const Program>& check_program(const Call& call) const;
+  std::shared_ptr<const Program> check_program(const Call& call) const;
   Signature sign(const Call& call, const Program& program, Processor processor);
   Job prepare(const Call& call, bool idle);
   /// Throws where there is none and the plan needs some.
@@ -196,6 +196,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   std::shared_ptr<DeviceExecutor> device_;
 
+  mutable std::mutex programs_mutex_;  ///< a thread may add one while another runs an operation
   std::vector<std::shared_ptr<const Program>> programs_;
   std::map<std::pair<int, int>, std::vector<std::pair<size_t, int>>> choices_;
   const std::vector<std::pair<size_t, int>>* all_reduce_choice_ = nullptr;

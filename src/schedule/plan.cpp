@@ -15,6 +15,7 @@ namespace {
 
 constexpr size_t kAbsent = static_cast<size_t>(-1);
 constexpr size_t kLongestSlice = 256 << 10;
+constexpr size_t kShortSlice = 1024;
 constexpr size_t kLine = 64;  // slices start on cache lines where the chunk does
 constexpr size_t kAddressable = size_t{1} << 47;
 
@@ -197,8 +198,13 @@ class PlanBuilder {
     if (program_.collective == Collective::all_to_all)
       for (const auto& chunk : plan_.output_chunks_) largest = std::max(largest, chunk.count);
     const size_t bytes = largest * plan_.element_;
-    size_t slice = shape_.window_bytes / std::max(program_.volume, 1);
-    slice = std::clamp<size_t>(slice / kLine * kLine, 1024, kLongestSlice);
+    const auto volume = static_cast<size_t>(std::max(program_.volume, 1));
+    size_t slice = std::min(shape_.window_bytes / volume / kLine * kLine, kLongestSlice);
+    // Messages that do not fit the window would wait for each other for ever.
+    if (slice < 2 * kLine)
+      refuse("window_bytes is " + std::to_string(shape_.window_bytes) + ", expected at least " +
+             std::to_string(2 * kLine * volume) + " for the " + std::to_string(volume) + " chunks that a rank sends");
+    if (slice < kShortSlice) slice -= kLine;  // cut at lines, some are one longer: there is room for that in long ones
     const size_t tiles = std::max<size_t>(1, (bytes + slice - 1) / slice);
     if (bytes > kAddressable || tiles > INT32_MAX || largest > SIZE_MAX / tiles)
       refuse("blocks of " + std::to_string(bytes) + " bytes are too many slices of " + std::to_string(slice));

@@ -404,11 +404,12 @@ def held_by_cpp(one: Started) -> None:
         for work in works:
             work.wait()
         return
+    token = torch.zeros(1)
     for work in works:
-        torch._C._distributed_c10d._register_work(one.outputs[0], work)
+        torch._C._distributed_c10d._register_work(token, work)
     del works, work
     gc.collect(0)
-    torch.ops._c10d_functional.wait_tensor(one.outputs[0])
+    torch.ops._c10d_functional.wait_tensor(token)
 
 
 ENDS = [polled, dropped, waited_twice, waited_by_two, future_waited, future_polled, held_by_cpp]

@@ -148,7 +148,18 @@ void test_arguments(const std::vector<World>& worlds) {
   CHECK_THROWS(comms[0]->run(sum_of(0, x)), ErrorKind::invalid_argument, "no program 0");
   CHECK_THROWS(comms[0]->send(x.data(), 4, DType::int32, 0, -1), ErrorKind::invalid_argument, "send to rank 0");
   CHECK_THROWS(comms[0]->recv(x.data(), 4, DType::int32, 2, -1), ErrorKind::invalid_argument, "recv from rank 2");
-  CHECK_THROWS(Communicator::local(0, {}), ErrorKind::invalid_argument, "at least one rank");
+  CHECK_THROWS(Communicator::local(0, {}), ErrorKind::invalid_argument, "expected 1 to 256");
+  CHECK_THROWS(Communicator::local(257, {}), ErrorKind::invalid_argument, "is 257");
+  CommOptions wide;
+  wide.window_bytes = size_t{1} << 62;
+  CHECK_THROWS(Communicator::local(2, wide), ErrorKind::invalid_argument, "window_bytes is 4611686018427387904");
+  Call nowhere;
+  nowhere.dtype = DType::int32;
+  nowhere.count = 4;
+  nowhere.program = add(*comms[0], worlds, "all_reduce.ring");
+  CHECK_THROWS(comms[0]->run(nowhere), ErrorKind::invalid_argument, "no memory for its input");
+  nowhere.input = x.data();
+  CHECK_THROWS(comms[0]->run(nowhere), ErrorKind::invalid_argument, "no memory for its output");
   Call call = sum_of(add(*comms[0], worlds, "all_gather.ring"), x);
   CHECK_THROWS(comms[0]->run(call), ErrorKind::invalid_argument, "5 elements do not divide into 2 equal blocks");
   comms[0]->check();  // none of that was a failure

@@ -83,6 +83,8 @@ void test_abort_then_goodbye(bool tcp) {
   event = at_0.next();
   CHECK(event.error_kind == ErrorKind::timeout);
   CHECK_EQ(event.text.size(), size_t{4096});
+  plane_1->broadcast_abort(ErrorKind::error, "x" + std::string(4094, 'y') + "\u00e4");  // two bytes, the second beyond
+  CHECK_EQ(at_0.next().text, "x" + std::string(4094, 'y'));
   plane_1->goodbye();
   plane_1.reset();
   event = at_0.next();

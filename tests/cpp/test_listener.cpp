@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -285,6 +286,23 @@ void test_passing_descriptors() {
   CHECK_THROWS(send_fd(mesh[1][0].control, memory.get(), Deadline::after(10)), ErrorKind::peer_lost, "passing");
 }
 
+/// Received where the table is full: the kernel delivers the byte, and drops the descriptor.
+void test_no_room_for_a_descriptor() {
+  const auto mesh = Job({"a", "a"}).connect(1);
+  const Fd memory = make_memfd("test", 4096);
+  send_fd(mesh[0][0].control, memory.get(), Deadline::after(10));
+  rlimit usual{}, full{};
+  CHECK_EQ(::getrlimit(RLIMIT_NOFILE, &usual), 0);
+  const Fd next = make_eventfd();  // every number below is taken
+  full = usual;
+  full.rlim_cur = static_cast<rlim_t>(next.get());
+  CHECK_EQ(::setrlimit(RLIMIT_NOFILE, &full), 0);
+  CHECK_THROWS(recv_fd(mesh[1][0].control, Deadline::after(10)), ErrorKind::error,
+               "no room for it: this process may have " + std::to_string(next.get()) + " descriptors open (ulimit -n)");
+  CHECK_THROWS(make_eventfd(), ErrorKind::error, "descriptors open (ulimit -n)");
+  CHECK_EQ(::setrlimit(RLIMIT_NOFILE, &usual), 0);
+}
+
 void test_fork_closes_descriptors() {
   auto mesh = Job({"a", "b"}).connect(1);
   Fd kept = make_eventfd();
@@ -322,5 +340,6 @@ int main() {
   test_different_socket_counts_are_a_mismatch();
   test_wrong_use();
   test_passing_descriptors();
+  test_no_room_for_a_descriptor();
   test_fork_closes_descriptors();
 }

@@ -481,6 +481,51 @@ void test_refused() {
   CHECK_THROWS(Plan(bare, floats(4)), ErrorKind::schedule, "reads data[0], which nobody wrote");
 }
 
+Shape blocks_of(std::vector<size_t> input, std::vector<size_t> output) {
+  Shape shape = floats(4);
+  shape.blocks = std::move(input);
+  shape.output_blocks = std::move(output);
+  return shape;
+}
+
+void test_blocks_that_do_not_fit() {
+  Program swap = program_of({}, 2, 0);
+  swap.collective = Collective::all_to_all;
+  swap.ops.resize(1);
+  swap.ops[0].src = {BufferId::input, 0, 1};
+  swap.ops[0].dst = {BufferId::output, 0, 1};
+  Plan(swap, blocks_of({3, 2}, {3, 4}));
+  CHECK_THROWS(Plan(swap, blocks_of({3, 2}, {5, 4})), ErrorKind::invalid_argument, "input[0] has 3 elements");
+  CHECK_THROWS(Plan(swap, blocks_of({3, 2}, {3})), ErrorKind::invalid_argument, "1 blocks of output, 2 of input");
+  for (const size_t count : {size_t{1} << 46, size_t{1} << 62, SIZE_MAX})
+    CHECK_THROWS(Plan(swap, blocks_of({count, count}, {})), ErrorKind::invalid_argument, "can address");
+}
+
+void test_ranges() {
+  Program program = program_of({send_op(data0, data0, 1, 1, 0)}, 1, 0);
+  program.world_size = 2;
+  check_ranges(program);
+  const auto refuses = [&](auto change, const std::string& what) {
+    Program other = program;
+    change(other);
+    CHECK_THROWS(check_ranges(other), ErrorKind::schedule, what);
+  };
+  refuses([](Program& p) { p.chunks = 0; }, "chunks is 0");
+  refuses([](Program& p) { p.chunks = 1 << 30; }, "chunks is 1073741824");
+  refuses([](Program& p) { p.levels = -1; }, "levels is -1");
+  refuses([](Program& p) { p.root = 2; }, "root is 2");
+  refuses([](Program& p) { p.collective = static_cast<Collective>(77); }, "collective is 77");
+  refuses([](Program& p) { p.ops[0].kind = static_cast<OpKind>(9); }, "op 0: kind is 9");
+  refuses([](Program& p) { p.ops[0].peer = 2; }, "peer is 2");
+  refuses([](Program& p) { p.ops[0].peer = 0; }, "peer is 0");
+  refuses([](Program& p) { p.ops[0].level = 0; }, "level is 0");
+  refuses([](Program& p) { p.ops[0].src.chunk = 1; }, "source is 1");
+  refuses([](Program& p) { p.ops[0].src.buffer = static_cast<BufferId>(4); }, "source is 4");
+  refuses([](Program& p) { p.ops[0].src.buffer = BufferId::scratch; }, "source");
+  refuses([](Program& p) { p.ops[0].dst.span = INT32_MAX; }, "destination is 2147483647");
+  refuses([](Program& p) { p.ops[0].size_chunk = 1; }, "size chunk is 1");
+}
+
 }  // namespace
 
 int main() {
@@ -491,6 +536,8 @@ int main() {
   test_one_value_to_several_peers();
   test_tiles_cover_every_element();
   test_refused();
+  test_blocks_that_do_not_fit();
+  test_ranges();
   test_all_algorithms(worlds);
   test_dumps_of_algorithms(worlds);
 }

@@ -102,7 +102,11 @@ def build_floor() -> Path:
         # Built aside and renamed, so that another run never starts half a program.
         fresh = Path(folder) / "floor"
         done = subprocess.run(
-            [compiler, *flags, str(source), "-o", str(fresh)], capture_output=True, text=True, check=False
+            [compiler, *flags, str(source), "-o", str(fresh)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
         )
         if done.returncode != 0:
             raise ContenderError(f"bench/floor.cpp does not compile: {done.stderr.strip().splitlines()[-1]}")
@@ -193,7 +197,13 @@ class Imb(Runner):
             start = mpi_start("impi", self.ranks, arguments)
             try:
                 done = subprocess.run(
-                    start.argv, env=os.environ | start.env, capture_output=True, text=True, timeout=120, check=False
+                    start.argv,
+                    env=os.environ | start.env,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    timeout=120,
+                    check=False,
                 )
             except subprocess.TimeoutExpired:
                 raise ContenderError("IMB-MPI1 did not end in 120 s") from None

@@ -83,7 +83,7 @@ def install(names: Iterable[str], say: Callable[[str], None]) -> None:
         root.parent.mkdir(parents=True, exist_ok=True)
         pip = [str(root / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         for argv in ([sys.executable, "-m", "venv", str(root)], [*pip, "mpi4py", "numpy", MPIS[name].wheel]):
-            done = subprocess.run(argv, capture_output=True, text=True, check=False)
+            done = subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode != 0:
                 shutil.rmtree(root, ignore_errors=True)
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]

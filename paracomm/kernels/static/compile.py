@@ -66,7 +66,9 @@ def compile_case(case: Case, arch: int) -> Binary:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(TOOLS / name), *arguments], capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         raise Error(f"{name} failed: {done.stderr.strip()[:300]}")
     return done.stdout
