@@ -294,9 +294,10 @@ class ProcessGroup(dist.ProcessGroup):
         input_splits: Sequence[int] | None = None, opts: Any = None,
     ) -> Any:  # fmt: skip
         what = "all_to_all_single"
-        for base in (input._base, output._base):
+        for tensor in (input, output):
             # torch has made a pair of numbers of it, whose halves would go to different ranks.
-            _need(base is None or not base.is_complex() or base.dim() > 0, what,
+            base = tensor._base
+            _need(base is None or not base.is_complex() or tensor.shape != (2,) or tensor.stride() != (1,), what,
                   "a complex tensor without dimensions cannot be split")  # fmt: skip
         if not output_splits and not input_splits:
             _need(input.dim() > 0 and len(input) % self.comm.world_size == 0, what,

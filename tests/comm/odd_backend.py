@@ -295,7 +295,11 @@ def tensor_case(form: Form, role_of: str, kind: Kind, waits: bool) -> Case:
         expect = kind.reduced
     if expect == RIGHT and not _fits(form, kind, role_of):
         expect = EITHER
+    if form.name.startswith("functional") and "freed" in kind.name:
+        expect = EITHER  # torch copies the input first, and reads past the end of a storage that was cut
     asymmetric = role_of in form.root_only or (form.name in ("reduce", "broadcast") and kind.read != kind.written)
+    # torch's own checks are the root's, and a root alone has tensors of two kinds.
+    asymmetric |= form.name in ("gather", "scatter") and kind.name in ("torch FakeTensor", "torch float4")
 
     def prepare(seat: Any) -> Prepared:
         made: dict[str, Made] = {}
@@ -360,8 +364,7 @@ def _fits(form: Form, kind: Kind, role_of: str) -> bool:
         return False
     if form.name == "all_to_all_single splits" and shape != (4,):
         return False
-    # Functional collectives copy their input first, in torch, which reads past the end of a storage that was cut.
-    if form.name.startswith("functional") and (len(shape) != 1 or "no " in kind.name or "freed" in kind.name):
+    if form.name.startswith("functional") and (len(shape) != 1 or "no " in kind.name):
         return False
     if kind.count % form.times.get(role_of, 1):
         return False
