@@ -436,14 +436,16 @@ void register_comm(py::module_& m) {
   call_args(
       cls, "submit",
       [](Communicator& c, int program, uintptr_t in, uintptr_t out, size_t count, int dtype, int op, double timeout_s,
-         std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest, const py::object& finish) {
+         std::vector<size_t> blocks, std::vector<size_t> output_blocks, size_t largest, const py::object& finish,
+         bool eager) {
         Work::Finish after = make_finish(finish);
         const py::gil_scoped_release released;
         return c.submit(make_call(program, in, out, count, dtype, op, timeout_s, std::move(blocks),
                                   std::move(output_blocks), largest),
-                        std::move(after));
+                        std::move(after), eager);
       },
-      finish_arg);
+      finish_arg, py::arg("eager") = true);
+  cls.def("kick", convert::method(&Communicator::kick), nogil);
   cls.def("attach_device", convert::method(&Communicator::attach_device), py::arg("device"));
   cls.def(
       "submit_device",

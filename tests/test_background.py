@@ -20,6 +20,9 @@ class Callback:
 class Part:
     def wait(self, timeout_s):
         time.sleep(0.2)
+
+    def done(self):
+        return False
 """
 LANE = """
 from paracomm.hooks.lane import Lane

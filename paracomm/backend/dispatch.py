@@ -62,6 +62,8 @@ def is_seen(args: tuple[Any, ...]) -> bool:
     """
     if torch._C._len_torch_dispatch_stack() > 0:
         return True
+    if all(type(arg) in _PLAIN or (type(arg) is list and all(type(each) in _PLAIN for each in arg)) for arg in args):
+        return False  # as nearly always
     if not any(answers_for_itself(tensor) for tensor in tensors_of(args)):
         return False
     _need_alike(args)

@@ -34,7 +34,7 @@ from paracomm.backend.work import (
     called_from_python,
     seconds,
 )  # fmt: skip
-from paracomm.comm import Communicator
+from paracomm.comm import Communicator, device
 from paracomm.comm.arguments import block_rows, rank_of
 from paracomm.comm.compiled import untraced
 from paracomm.errors import InvalidArgument
@@ -77,9 +77,10 @@ class ProcessGroup(dist.ProcessGroup):
         self._name, self._desc = name, "undefined"
         self._fast: Any = comm.fast_all_reduce
         self._timeout_s: float | None = None
-        self._publisher, self._backward = Publisher(), Backward()
+        self._publisher, self._backward = Publisher(), Backward(comm.kick)
         self._mapper = BucketMapper(comm)
         self._devices = Devices(comm)
+        self._later = len(set(comm.host_indices)) == 1 and device.mode() is None
         self._p2p = PointToPoint(comm)
         self._exchanged: list[Any] = []  # parts of exchanges that may be under way
         self._splits = self._monitored = self._sequence = 0
@@ -198,7 +199,18 @@ class ProcessGroup(dist.ProcessGroup):
             return dispatch.send(self, "allreduce", type(self)._all_reduce, tensors, opts)
         if not called_from_python("allreduce"):  # DistributedDataParallel's reducer did
             self._mapper.notice(tensors[0])
+            dense = len(tensors) == 1 and tensors[0].layout == torch.strided and tensors[0].device.type == "cpu"
+            if self._later and dense and getattr(opts, "asyncOp", True):
+                return self._reduce_later(tensors, opts)
         return self._all_reduce(tensors, opts)
+
+    @named("all_reduce")
+    def _reduce_later(self, tensors: Tensors, opts: Any) -> Any:
+        """What the reducer asks for, to be begun at the end of the backward pass (see Backward): 8 buckets of 4 MiB on
+        2 ranks and cores take 48 ms a step instead of 60 on the progress thread, 20 of 16 KiB 1.65 instead of 1.95."""
+        part = self.comm.all_reduce_later(tensors[0], op_name(opts.reduceOp), timeout_s=self._limit(opts))
+        self._backward.called()
+        return Work([part], list(tensors), self._publisher, self._backward)
 
     @named("all_reduce")
     def _all_reduce(self, tensors: Tensors, opts: Any) -> Any:
@@ -213,6 +225,8 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _all_reduce_coalesced(self, tensors: Tensors, opts: Any) -> Any:
         op = op_name(opts.reduceOp)
+        if len(tensors) == 1:
+            return self._run(opts, list(tensors), [partial(self._devices.all_reducer(tensors[0]), tensors[0], op)])
         calls = [
             partial(self._devices.all_reducer(same.arrays[0]), same.one(), op)
             for (same,) in alike("all_reduce", tensors)

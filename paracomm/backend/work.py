@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from paracomm import background
 from paracomm.comm.compiled import untraced
 from paracomm.comm.streams import SideStream
-from paracomm.errors import InvalidArgument
+from paracomm.errors import Error, InvalidArgument
 
 Tensors = list[torch.Tensor]
 
@@ -108,7 +110,8 @@ class Work(_Whole):
                 else:
                     if for_cpp and self._backward is not None:
                         self._backward.expect(promise)
-                    (self._publisher or Publisher()).put(promise)
+                    else:
+                        (self._publisher or Publisher()).put(promise)
             return self._future
 
     def _outcome(self, done: Any) -> Tensors:
@@ -228,37 +231,79 @@ class Promise:
 
 
 class Backward:
-    """Futures that a backward pass has asked for.
+    """What DistributedDataParallel's reducer has asked one group for in a backward pass.
 
-    At its end, before the reducer waits for them in C++, which would make a RuntimeError of each error, the thread of
-    the backward pass waits for their operations, helps to run them, and raises what they failed with.
+    On one host nobody begins it before the end of the pass: moving bytes costs processor time there, so that nothing
+    could be hidden behind computing. Then, before the reducer waits for the futures in C++, which would make a
+    RuntimeError of each error, the thread of the pass waits for the operations and raises what they failed with. Where
+    that end does not come, as in a callback of the reducer's own, another thread goes on a moment after the last call.
     """
 
-    def __init__(self) -> None:
+    MOMENT_S = 0.05
+    _under_way: ClassVar[set[Backward]] = set()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, kick: Callable[[], None]) -> None:
+        self._kick = kick
         self._promises: list[Promise] = []
         self._task = -1
-        self._lock = threading.Lock()
+        self._last = 0.0
+        self._watched = False
+        self._begin: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def called(self) -> None:
+        """An operation was launched."""
+        with self._lock:
+            self._last = time.monotonic()
+            self._under_way.add(self)
+            if self._watched:
+                return
+            self._watched = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="paracomm backward", daemon=True)
+                self._thread.start()
+        self._begin.put(None)
 
     def expect(self, promise: Promise) -> None:
+        """Its future was asked for."""
         task = torch._C._current_graph_task_id()
-        if task == -1:
-            return
         with self._lock:
             self._promises.append(promise)
             queued, self._task = self._task == task, task
-        if not queued:
+        if not queued and task != -1:
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._end)
+        self.called()
 
     def _end(self) -> None:
         with self._lock:
             promises, self._promises, self._task = self._promises, [], -1
+            self._under_way.discard(self)
+            others = list(self._under_way)
+        for group in others:  # what other ranks may wait for first
+            group._kick()
         errors = [promise.settle() for promise in promises]
         for promise in promises:
             promise.keep()
         for error in errors:
             if error is not None:
                 raise error
+
+    def _watch(self) -> None:
+        while True:
+            self._begin.get()
+            while (left_s := self._last + self.MOMENT_S - time.monotonic()) > 0:
+                time.sleep(left_s)
+            with self._lock:
+                self._watched = False
+                promises = list(self._promises)
+            with background.busy(), contextlib.suppress(Error):  # a forked child has no operations
+                self._kick()
+            with background.busy():
+                for promise in promises:
+                    promise.keep()
+            del promises
 
 
 class Publisher:

@@ -132,11 +132,12 @@ def native(array: Any) -> Any:
     torch's AsyncCollectiveTensor is waited for and unwrapped.
     """
     if is_torch(array):
-        if type(array).__name__ == "AsyncCollectiveTensor":
+        kind = type(array)
+        if kind.__name__ == "AsyncCollectiveTensor":
             return array.trigger_wait()
-        if type(array).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__:
+        if kind.__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__:
             view(array)  # refuses it
-        return array.detach()
+        return array.detach() if array.requires_grad else array
     if isinstance(array, np.ndarray) or is_cupy(array):
         return array
     found = view(array)  # refuses what is no array
@@ -164,9 +165,11 @@ def known(array: Any) -> Any:
     Raises:
         InvalidArgument: there is none.
     """
+    if _name(array.dtype) in _C.DTYPES:
+        return array
     if is_torch(array):
         torch = sys.modules["torch"]
-        if _name(array.dtype) in _C.DTYPES or array.layout is not torch.strided or array.is_quantized:
+        if array.layout is not torch.strided or array.is_quantized:
             return array
         if array.is_complex():
             return torch.view_as_real(array.conj() if array.is_conj() else array)
@@ -187,9 +190,15 @@ def need_reducible(what: str, array: Any, op: str) -> None:
     raise InvalidArgument(f"{what}: {op} is not defined for {dtype}")
 
 
+_names: dict[Any, str] = {}
+
+
 def _name(dtype: Any) -> str:
     """ "float32", of torch's or NumPy's."""
-    return str(dtype).removeprefix("torch.")
+    name = _names.get(dtype)
+    if name is None:
+        name = _names[dtype] = str(dtype).removeprefix("torch.")
+    return name
 
 
 def is_lazy(array: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,12 +49,14 @@ from paracomm.comm.arrays import (
 from paracomm.comm.compiled import untraced
 from paracomm.comm.device import Device, Lane
 from paracomm.comm.work import Work
-from paracomm.errors import InvalidArgument
+from paracomm.errors import Error, InvalidArgument
 from paracomm.schedule import Schedule, build, tune
 from paracomm.schedule.verify import prove
 from paracomm.timeline import record
 
 _SUM = _C.REDUCE_OPS["sum"]
+DRAIN_S = 5.0
+"""How long a communicator that is closed waits for operations that nobody has waited for."""
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
@@ -90,7 +93,7 @@ class Communicator:
         """Of its axis of the mesh: what it is called in a timeline; "" for "world"."""
         self._programs: dict[Any, int] = {}
         self._algorithms: dict[int, tuple[str, str]] = {}
-        self._in_flight: list[tuple[_C.Work, list[Any]]] = []
+        self._in_flight: list[tuple[_C.Work, list[Any], bool]] = []  # with what they use; is it no receive?
         self._sweep_at = 16
         self._mode = device.mode()
         self.device: Device | None = None
@@ -225,8 +228,9 @@ class Communicator:
         self, chosen: tuple[int, Lane | None], source: int, target: int, count: int, dtype: int, op: int,
         timeout_s: float | None, async_op: bool, result: Any, keep: tuple[Any, ...],
         finish: Callable[[], None] | None = None, blocks: Sequence[int] = (), output_blocks: Sequence[int] = (),
-        largest_block: int = 0,
+        largest_block: int = 0, later: bool = False,
     ) -> Any:  # fmt: skip
+        """Runs an operation, or launches it. `later`: nobody begins it before it is waited for, or `kick` is called."""
         program, lane = chosen
         async_op = flag("async_op", async_op)
         limit = seconds("timeout_s", timeout_s)
@@ -239,7 +243,7 @@ class Communicator:
             return lane.device.run(lane, arguments, async_op, result, keep, finish, label)
         keep = (*keep, *held(keep))  # also while this waits: another thread may take the memory away
         if async_op:
-            return self._launch(self._core.submit(*arguments, finish=finish), result, keep, label)
+            return self._launch(self._core.submit(*arguments, finish, not later), result, keep, label)
         if label is None or label is spans.EARLIER:
             self._core.run(*arguments)
         else:
@@ -266,14 +270,16 @@ class Communicator:
             return None
         return {"axis": self.name or spans.WORLD, "operation": operation, "bytes": nbytes, **details}
 
-    def _launch(self, core: _C.Work, result: Any, keep: tuple[Any, ...], label: spans.Label | None) -> Work:
+    def _launch(
+        self, core: _C.Work, result: Any, keep: tuple[Any, ...], label: spans.Label | None, ends: bool = True
+    ) -> Work:
         # A Work may be dropped before it is complete (DistributedDataParallel.join does so); the core then still has
         # the memory in use.
         if len(self._in_flight) >= self._sweep_at:
             self._in_flight = [entry for entry in self._in_flight if not entry[0].done()]
             self._sweep_at = max(16, 2 * len(self._in_flight))
         kept = list(keep)  # emptied by whoever waits
-        self._in_flight.append((core, kept))
+        self._in_flight.append((core, kept, ends))
         if label is not None and label is not spans.EARLIER:
             spans.launched(core, label)
         return Work(core, result, kept, label)
@@ -381,10 +387,25 @@ class Communicator:
         return self._run(program, v.address, w.address, v.count, v.dtype, code, timeout_s, async_op,
                          x if out is None else out, (source, target, x, out), finish)  # fmt: skip
 
+    def all_reduce_later(self, x: Any, op: str, *, timeout_s: float | None = None) -> Work:
+        """all_reduce(x, op, async_op=True) for who waits for many at once: this rank begins it when somebody waits for
+        it or for a later operation, or calls `kick`."""
+        code = op_code(op)
+        source, v, _, _, finish = self._reduced_into("all_reduce", x, op, None)
+        program = self._select("all_reduce", None, v, v.nbytes, None)
+        work: Work = self._run(program, v.address, v.address, v.count, v.dtype, code, timeout_s, True, x, (source, x),
+                               finish, later=True)  # fmt: skip
+        return work
+
+    def kick(self) -> None:
+        """Has a thread of the core begin what is to be done later. Does not wait."""
+        self._core.kick()
+
     def _reduced_into(self, what: str, x: Any, op: str, out: Any) -> tuple[Any, View, Any, View, Any]:
         """Input and output of a reduction of x: into `out` or, without it, into x."""
         if out is None:
-            need_reducible(what, x if isinstance(x, Several) else native(x), op)
+            x = x if isinstance(x, Several) else native(x)
+            need_reducible(what, x, op)
             target, w, finish = self._writable(what, x, filled=True)
             return target, w, target, w, finish
         source, v = self._readable(what, x, op)
@@ -660,7 +681,7 @@ class Communicator:
         target, w, finish = self._writable("recv", x, staged=True)
         label = spans.EARLIER if record.current is None else self._label("recv", w.nbytes, peer=peer)
         core = self._core.recv(w.address, w.nbytes, w.dtype, source, limit, tag, finish)
-        work = self._launch(core, x, (target, x, *held([target, x])), label)
+        work = self._launch(core, x, (target, x, *held([target, x])), label, ends=False)
         return work if async_op else work.wait()
 
     def _peer(self, what: str, peer: Any) -> int:
@@ -739,12 +760,28 @@ class Communicator:
         self._core.abort(f"rank {self.rank}: {why}")
 
     def close(self) -> None:
-        """Leaves. Peers that still need this rank raise PeerLost. Calling it again does nothing."""
+        """Leaves. Peers that still need this rank raise PeerLost. Calling it again does nothing.
+
+        What was launched before is completed first, if the others do their part within DRAIN_S seconds; receives, and
+        what is late, raise Error.
+        """
+        self._drain()
         self._core.close()
         self._in_flight.clear()
         if self.device is not None:
             self.device.forget()
         _open.discard(self)
+
+    def _drain(self) -> None:
+        end = time.monotonic() + DRAIN_S
+        pending = [core for core, _, ends in self._in_flight if ends and not core.done()]
+        try:
+            self._core.kick()
+        except Error:  # a forked child, which has nothing under way
+            return
+        while pending and time.monotonic() < end:
+            time.sleep(0.0002)
+            pending = [core for core in pending if not core.done()]
 
     def __deepcopy__(self, memo: Any) -> Communicator:
         """Itself: a copy of what talks to these ranks talks to them, too."""

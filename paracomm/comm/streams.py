@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,14 +62,6 @@ class SideStream:
                 return
             while self._held and self._held[0][0].query():
                 self._held.popleft()
-
-
-def event_after(tensors: Sequence[Any]) -> Any:
-    """An event after all that the current stream holds, of the GPU where the torch tensors are; None: on none."""
-    import torch
-
-    device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-    return None if device is None else torch.cuda.current_stream(device).record_event()
 
 
 class SideStreams:

@@ -584,9 +584,13 @@ void Communicator::run(const Call& call) {
   check_process();
   queue_->run(call);
 }
-std::shared_ptr<Work> Communicator::submit(const Call& call, Work::Finish finish) {
+void Communicator::kick() {
   check_process();
-  return queue_->submit(call, std::move(finish));
+  queue_->kick();
+}
+std::shared_ptr<Work> Communicator::submit(const Call& call, Work::Finish finish, bool eager) {
+  check_process();
+  return queue_->submit(call, std::move(finish), eager);
 }
 
 std::shared_ptr<Work> Communicator::send(const void* data, size_t nbytes, DType dtype, int peer, double timeout_s,

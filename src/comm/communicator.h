@@ -102,7 +102,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Runs the collective in the caller's thread (after what is queued). Throws.
   void run(const Call& call);
   /// Queues it.
-  std::shared_ptr<Work> submit(const Call& call, Work::Finish finish = {});
+  std::shared_ptr<Work> submit(const Call& call, Work::Finish finish = {}, bool eager = true);
+  /// Begins what was submitted not to be run eagerly.
+  void kick();
   /// What a DeviceExecutor for this communicator is made with.
   DeviceHooks device_hooks();
   /// Once, after the executor was connected, before the first submit_device.

@@ -48,14 +48,23 @@ void CollectiveQueue::run(const Call& call) {
   if (error) std::rethrow_exception(error);
 }
 
-std::shared_ptr<Work> CollectiveQueue::submit(const Call& call, Work::Finish finish) {
+std::shared_ptr<Work> CollectiveQueue::submit(const Call& call, Work::Finish finish, bool eager) {
   auto work = std::make_shared<Work>(shared_from_this(), std::move(finish));
   const std::lock_guard lock(mutex_);
   if (stopping_) throw Error(ErrorKind::error, "this communicator is closed");
   items_.push_back({comm_.prepare(call, !running_ && items_.empty()), work});
+  if (eager) wake();
+  return work;
+}
+
+void CollectiveQueue::kick() {
+  const std::lock_guard lock(mutex_);
+  if (!stopping_ && !items_.empty()) wake();
+}
+
+void CollectiveQueue::wake() {
   if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
   changed_.notify_all();
-  return work;
 }
 
 std::shared_ptr<Work> CollectiveQueue::submit_device(const Call& call, uintptr_t stream, Work::Finish finish) {

@@ -19,7 +19,10 @@ class CollectiveQueue final : public Runner, public std::enable_shared_from_this
 
   /// In this thread, at once if nothing is queued.
   void run(const Call& call);
-  std::shared_ptr<Work> submit(const Call& call, Work::Finish finish = {});
+  /// `eager`: the progress thread runs it if nobody waits; else only after kick().
+  std::shared_ptr<Work> submit(const Call& call, Work::Finish finish = {}, bool eager = true);
+  /// Wakes the progress thread.
+  void kick();
   /// Takes its number here like the others, but runs on a stream.
   std::shared_ptr<Work> submit_device(const Call& call, uintptr_t stream, Work::Finish finish = {});
   void finish(Work& work, double timeout_s) override;
@@ -33,6 +36,7 @@ class CollectiveQueue final : public Runner, public std::enable_shared_from_this
   };
   /// Returns what is to be thrown in this thread alone: its signal handler raised.
   std::exception_ptr run_front(std::unique_lock<std::mutex>& lock);
+  void wake();
   void serve();
 
   Communicator& comm_;

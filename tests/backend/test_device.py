@@ -12,7 +12,7 @@ import torch._dynamo  # which DDP imports: once here, not on every rank
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from paracomm.backend.work import DeviceWork, Work, future_of
+from paracomm.backend.work import DeviceWork, future_of
 from paracomm.comm.rails import rails_of
 from paracomm.comm.streams import SideStream, SideStreams
 from paracomm.errors import InvalidArgument, PeerLost
@@ -154,8 +154,12 @@ class Part:
 def test_the_side_stream_does_what_follows() -> None:
     cuda = Cuda()
     part, value = Part(cuda), [torch.ones(2)]
-    work = DeviceWork(part, value, lambda: cuda.log.append(f"{cuda.current_stream(0).name} unpacks"),
-                      SideStream(0, cuda))  # fmt: skip
+
+    def unpacked() -> list[torch.Tensor]:
+        cuda.log.append(f"{cuda.current_stream(0).name} unpacks")
+        return value
+
+    work = DeviceWork([part], unpacked, SideStream(0, cuda))
     assert cuda.log == [
         "current records current:0", "side waits for current:0", "side waits for the operation", "side unpacks",
         "side records side:4",
@@ -225,19 +229,3 @@ def test_futures_know_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     future_of([OnGpu(), OnGpu(), torch.ones(1)])  # type: ignore[list-item]
     future_of([torch.ones(1)])
     assert seen == [[torch.device("cuda", 1)], []]
-
-
-def test_host_works_of_gpu_tensors_make_every_stream_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is staged through the host ends with a copy on the stream of whoever waits first."""
-    waits: list[str] = []
-
-    class Event:
-        device = "cuda:1"
-
-        def wait(self, stream: Any) -> None:
-            waits.append(stream)
-
-    monkeypatch.setattr("paracomm.backend.work.event_after", lambda value: Event())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
-    work = Work([], [torch.ones(1)])
-    assert work.wait() and work.wait() and waits == ["the stream of cuda:1"] * 2
