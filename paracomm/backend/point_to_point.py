@@ -68,11 +68,15 @@ class PointToPoint:
 
     def _send(self, tensor: torch.Tensor, dst: int, tag: int, timeout_s: float | None) -> Any:
         if dst == self._comm.rank:
+            tensor = native(tensor)
+            view(known(tensor))
             return self._to_self.send(tensor, tag)
         return self._comm.send(tensor, dst, tag=tag, async_op=True, timeout_s=timeout_s)
 
     def _recv(self, tensor: torch.Tensor, src: int | None, tag: int, timeout_s: float | None) -> Any:
         if src == self._comm.rank:
+            tensor = native(tensor)
+            writable_view("recv", tensor)
             limit_s = self._comm.timeout_s if timeout_s is None else timeout_s
             return self._to_self.recv(tensor, tag, limit_s)
         return self._comm.recv(tensor, src, tag=tag, async_op=True, timeout_s=timeout_s)

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from ranks import Rank, run_ranks
 
+import paracomm
+
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
     torch.uint8, torch.complex64, torch.complex128,
@@ -200,7 +202,28 @@ def sparse(rank: int, world_size: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("check", [reductions, movements, uneven, coalesced, objects, sparse])
+def to_itself(rank: int, world_size: int) -> None:
+    """What a rank sends to itself passes the gate of arrays too."""
+    dist.init_process_group("paracomm")
+    freed = torch.ones(4)
+    freed.untyped_storage().resize_(0)
+    for refused in (freed, torch.zeros(1).expand(4), torch.ones(4).to_sparse(), torch.ones(4, device="meta")):
+        with pytest.raises(paracomm.InvalidArgument):
+            dist.irecv(refused, rank)
+    for refused in (freed, torch.ones(4).to_sparse(), torch.ones(4, device="meta")):
+        with pytest.raises(paracomm.InvalidArgument):
+            dist.isend(refused, rank)
+    x, conjugated = torch.zeros(8)[::2], torch.tensor([1 + 2j, 3 - 4j]).conj().imag
+    receives = [dist.irecv(x, rank), dist.irecv(y := torch.zeros(2), rank)]
+    dist.isend(torch.ones(1).expand(4), rank)
+    dist.isend(conjugated, rank)
+    for work in receives:
+        work.wait()
+    assert x.tolist() == [1.0] * 4 and y.tolist() == [-2.0, 4.0]
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("check", [reductions, movements, uneven, coalesced, objects, sparse, to_itself])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_collectives(world_size: int, check: Any) -> None:
     run_ranks(world_size, in_world, check)
