@@ -155,6 +155,8 @@ def one_at_a_time(hook: Callable[[Any, Any], Any], ranks: Ranks | None = None) -
             return future.wait()
         except BaseException as error:
             if ranks is not None:
+                if isinstance(error, RuntimeError):  # torch has kept the text alone of what a callback raised
+                    ranks.check()
                 ranks.abort(because_of(error))
             raise
 

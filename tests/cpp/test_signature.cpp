@@ -17,7 +17,7 @@ Signature all_reduce_of(uint64_t count) {
 }
 
 void test_dtypes() {
-  const size_t sizes[kDTypes] = {8, 4, 2, 2, 1, 2, 4, 8, 1, 1};
+  const size_t sizes[kDTypes] = {8, 4, 2, 2, 1, 2, 4, 8, 1, 1, 2, 4, 8};
   for (int i = 0; i < kDTypes; ++i) CHECK_EQ(size_of(static_cast<DType>(i)), sizes[i]);
   CHECK_EQ(std::string(name_of(DType::bfloat16)), "bfloat16");
   CHECK_EQ(std::string(name_of(DType::boolean)), "bool");
