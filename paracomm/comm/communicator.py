@@ -294,10 +294,10 @@ class Communicator:
             staged: on the host.
         """
         whole = x if isinstance(x, Several) else native(x)
-        if op is not None:
-            need_reducible(what, whole, op)
         source = known(contiguous(whole.packed() if isinstance(whole, Several) else whole))
         v = view(source)
+        if op is not None:
+            need_reducible(what, whole, op)
         if v.device != HOST and (staged or self._stages(v)):
             source = host_copy(source)
             v = view(source)
@@ -405,8 +405,8 @@ class Communicator:
         """Input and output of a reduction of x: into `out` or, without it, into x."""
         if out is None:
             x = x if isinstance(x, Several) else native(x)
-            need_reducible(what, x, op)
             target, w, finish = self._writable(what, x, filled=True)
+            need_reducible(what, x, op)
             return target, w, target, w, finish
         source, v = self._readable(what, x, op)
         target, w, finish = self._writable(what, out)

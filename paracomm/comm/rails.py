@@ -106,7 +106,7 @@ class Rails:
         self._inside.all_gather_v(shard, out=flat, rows=rows, timeout_s=timeout_s)
         arrays = x.arrays if isinstance(x, Several) else [native(x)]
         if view(known(arrays[0])).address != view(known(flat)).address:  # a copy
-            unpack(flat, arrays)
+            unpack(whole, arrays)
 
     def abort(self, why: str) -> None:
         """Gives up on every rank: whoever waits, here and elsewhere, raises Error."""

@@ -59,6 +59,7 @@ def make_world() -> dict[str, Any]:
     return {
         "Communicator": comm, "Program": program, "Work": work, "Listener": _C.Listener(), "Arena": _C.Arena.process(),
         "DeviceExecutor": device, "Bucket": device.bucket([], _C.DTYPES["float32"]),
+        "Unpack": _C.Unpack(MEMORY.ctypes.data, [(0, MEMORY[:8].view(np.float32), 0, 2)]),
     }  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def usual(world: dict[str, Any]) -> dict[str, Any]:
         "divisor": 1.0, "residual_out": None, "out": MEMORY[:64], "add": False, "seed": 1, "step": 1, "first": 0,
         "bases": MEMORY[:64].view(np.int64), "offsets": MEMORY[:64].view(np.int64), "threshold": 1,
         "counter": (0, 0, 0, 0), "key": (0, 0), "isa": "",
+        "packed": MEMORY.ctypes.data, "parts": [(0, MEMORY[:8].view(np.float32), 0, 2)], "finish": None, "eager": True,
     }  # fmt: skip
 
 
@@ -125,7 +127,9 @@ def argument_lists(name: str, names: list[str], world: dict[str, Any], draw: ran
     if raw:  # nothing is there, however much is asked for
         for value in [*INTEGERS, *OTHERS]:
             lists.append([value if each in COUNTS else 0 if each in raw else fits.get(each, 0) for each in names])
-    lists += [[], [draw.choice(odd)], [draw.choice(odd) for _ in range(len(names) + 1)]]
+    lists += [[], [draw.choice(odd) for _ in range(len(names) + 1)]]
+    if not raw:  # else it might be an address or a stream
+        lists.append([draw.choice(odd)])
     return lists
 
 
