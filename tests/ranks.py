@@ -176,7 +176,7 @@ def say_goodbye(rank: Rank, function: Callable[..., Any], *args: Any, **kwargs: 
     from paracomm.comm import communicator
 
     found = function(rank, *args, **kwargs)
-    communicator._close_all()
+    communicator.close_all()
     return found
 
 
