@@ -60,8 +60,8 @@ class Checkpointer:
         generators: torch's, by name, whose states are saved for each rank.
         saves: whether save() will be called: the folder is made and tried now, not after hours of training.
 
-    Raises InvalidArgument for what has no one model: local SGD. Raises Error, on every rank, for a folder into which
-    one of them cannot write, or that is not the same for all.
+    Raises InvalidArgument for what has no one model: local SGD; and, on every rank, for a folder into which one of them
+    cannot write, or that is not the same for all.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Checkpointer:
         return [pickle.loads(blob) for blob in self.ranks.exchange(pickle.dumps(error))]
 
     def _probe(self) -> None:
-        """Raises Error on every rank unless all of them can write into one folder that rank 0 sees."""
+        """Raises InvalidArgument on every rank unless all of them can write into one folder that rank 0 sees."""
         names = [f".probing-{rank}" for rank in range(self.ranks.world_size)]
         mine, leads = self.folder / names[self.ranks.rank], self.ranks.rank == 0
         no_folder = f"checkpoint: nothing can be saved in '{self.folder}'"
@@ -180,15 +180,19 @@ class Checkpointer:
                 raise Error(f"it does not see what rank {unseen[0]} writes there: expected one folder for all")
 
         raise_first(
-            self._errors((lambda: self.folder.mkdir(parents=True, exist_ok=True)) if leads else None), no_folder
+            self._errors((lambda: self.folder.mkdir(parents=True, exist_ok=True)) if leads else None),
+            no_folder,
+            InvalidArgument,
         )
         try:
             errors = self._errors(lambda: storage.write_file(mine, bytes(storage.LITTLE)))
             if any(errors):  # what a run that died left there may be what fills the disk
-                raise_first(self._errors((lambda: _give_up(self.folder)) if leads else None), no_folder)
+                raise_first(
+                    self._errors((lambda: _give_up(self.folder)) if leads else None), no_folder, InvalidArgument
+                )
                 errors = self._errors(lambda: storage.write_file(mine, bytes(storage.LITTLE)))
-            raise_first(errors, no_folder)
-            raise_first(self._errors(see if leads else None), no_folder)
+            raise_first(errors, no_folder, InvalidArgument)
+            raise_first(self._errors(see if leads else None), no_folder, InvalidArgument)
         finally:
             if mine.exists():
                 mine.unlink()

@@ -291,11 +291,11 @@ def write(
     return finish
 
 
-def raise_first(errors: Sequence[str | None], what: str) -> None:
-    """Raises Error for the first rank that has one."""
+def raise_first(errors: Sequence[str | None], what: str, kind: type[Error] = Error) -> None:
+    """Raises `kind` for the first rank that has one."""
     for rank, error in enumerate(errors):
         if error is not None:
-            raise Error(f"{what}: rank {rank}: {error}")
+            raise kind(f"{what}: rank {rank}: {error}")
 
 
 # --- loading ---
