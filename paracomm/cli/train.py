@@ -90,6 +90,8 @@ def train(
     """Train a byte-level GPT on any layout of ranks, by default on the Python standard library's own sources.
 
     One process by itself, or several: torchrun --nproc-per-node 4 -m paracomm train --tp 2 --zero 2
+
+    Ends with 2 for what cannot be, in an option, a file or a folder, and with 1 for what fails in training.
     """
     try:
         from paracomm.models.gpt import GPTConfig
@@ -98,6 +100,7 @@ def train(
     except ModuleNotFoundError as error:
         typer.echo(f"train needs {error.name}: pip install 'paracomm[train]'", err=True)
         raise typer.Exit(2) from error
+    code = 2
     try:
         config = TrainConfig(
             model=GPTConfig(width=width, depth=depth, heads=heads, context=context, dropout=dropout),
@@ -143,10 +146,11 @@ def train(
         )
         if check and trace is not None:
             raise InvalidArgument("train: --trace with --check, which trains in two ways: give one of them")
+        code = 1
         agreed = _check(config, check_steps) if check else _train(config)
     except Error as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2 if isinstance(error, InvalidArgument) else code) from error
     if not agreed:
         raise typer.Exit(1)
 

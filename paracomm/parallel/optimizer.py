@@ -175,7 +175,7 @@ class Shards:
                 members = [slot for slot, p in enumerate(bucket.members) if self._group_of[id(p)] == group]
                 for slot in members:
                     found.setdefault(bucket.names[slot], {}).update(
-                        {key: torch.tensor(value, dtype=torch.float32) for key, value in described["scalars"].items()}
+                        {key: _scalar(*said) for key, said in described["scalars"].items()}
                     )
                 for key in described["tensors"]:
                     flat = torch.zeros_like(weights.master)
@@ -196,7 +196,7 @@ class Shards:
     def _described(self, run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         state = optimizer.state.get(run.parameter, {})
         tensors = [key for key, value in state.items() if isinstance(value, Tensor) and value.dim()]
-        scalars = {key: float(value) for key, value in state.items() if key not in tensors and value is not None}
+        scalars = {key: _said(key, value) for key, value in state.items() if key not in tensors and value is not None}
         mixed = run.weights.bucket.dtype != run.weights.bucket.master_dtype
         return {"tensors": tensors + ["master"] * mixed, "scalars": scalars}
 
@@ -238,16 +238,36 @@ class Shards:
     @staticmethod
     def _part(run: Run, state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         bucket, part = run.weights.bucket, {}
-        for slot, source, target in run.weights.owned_parts():
-            if not run.where.start <= target.start < run.where.stop:
-                continue
+        places = [place for place in run.weights.owned_parts() if run.where.start <= place[2].start < run.where.stop]
+        numbers = {
+            key
+            for slot, _, _ in places
+            for key, value in state.get(bucket.names[slot], {}).items()
+            if isinstance(value, Tensor) and not value.dim() and (key in SCALARS or bucket.members[slot].dim())
+        }
+        for slot, source, target in places:
             for key, value in state.get(bucket.names[slot], {}).items():
-                if not (isinstance(value, Tensor) and value.shape == bucket.members[slot].shape and key != "step"):
+                if key in numbers or not isinstance(value, Tensor) or value.shape != bucket.members[slot].shape:
                     part[key] = value.clone() if isinstance(value, Tensor) else value
                     continue
                 flat = part.setdefault(key, torch.zeros_like(run.parameter))
                 flat[target.start - run.where.start : target.stop - run.where.start] = value.flatten()[source]
         return part
+
+
+def _said(key: str, value: Any) -> tuple[str | None, Any]:
+    """(dtype of a tensor, number) as JSON takes it; without a dtype it is Python's own."""
+    if isinstance(value, Tensor):
+        return str(value.dtype).removeprefix("torch."), value.item()
+    if not isinstance(value, (bool, int, float, str)):
+        raise InvalidArgument(
+            f"optimizer: the state '{key}' is a {type(value).__name__}, expected a tensor, a number or a text"
+        )
+    return None, value
+
+
+def _scalar(dtype: str | None, value: Any) -> Any:
+    return value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
 
 
 def shards_of(optimizer: torch.optim.Optimizer) -> Shards | None:

@@ -18,8 +18,8 @@ from paracomm import kernels
 from paracomm.errors import InvalidArgument
 from paracomm.parallel import Layout
 from paracomm.train.config import TrainConfig
-from paracomm.train.data import Corpus, load_corpus
-from paracomm.train.loop import Trainer
+from paracomm.train.data import Corpus
+from paracomm.train.loop import Trainer, read_corpus
 from paracomm.train.replicas import MeshReplicas, Replicas, TorchReplicas, open_replicas, use_one_thread
 from paracomm.train.whole import whole_weights
 
@@ -65,7 +65,7 @@ def check(config: TrainConfig, steps: int = 5) -> list[Agreement]:
     replicas = open_replicas(config.reducer, config.backend, config.layout)
     try:
         config.share(replicas.part[1])
-        corpus = load_corpus(config.data)
+        corpus = read_corpus(config, replicas)
         one = _accuracy(config) == "rounded" or config.kernels == "triton"  # which have no float64
         dtypes = [config.dtype] if one else ["float64", "float32"]
         with kernels.backend(config.kernel_backend):

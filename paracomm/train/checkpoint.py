@@ -14,6 +14,7 @@ batch): the step is the random state and the position in the data. A program wit
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -31,10 +32,11 @@ from paracomm.errors import Error, InvalidArgument
 from paracomm.train import contents, owed, storage
 from paracomm.train.storage import Alone, Entry, Ranks, Saved, raise_first
 
-NAME = re.compile(r"step-(\d{8})(~?)")
+NAME = re.compile(r"step-(\d{8,})(~?)")
 """~: a checkpoint of the same step is about to take its place."""
 KEPT = 2
-HIDDEN = (".saving-*", ".dropped-*")
+STATE = "state.json"
+HIDDEN = (".saving-*", ".dropped-*", ".probing-*")
 
 
 class Checkpointer:
@@ -56,8 +58,10 @@ class Checkpointer:
         ranks: what all ranks talk through from another thread, closed at the end; None: a communicator of its own
             beside the replica's, or, for a module, this process by itself.
         generators: torch's, by name, whose states are saved for each rank.
+        saves: whether save() will be called: the folder is made and tried now, not after hours of training.
 
-    Raises InvalidArgument for what has no one model: local SGD.
+    Raises InvalidArgument for what has no one model: local SGD; and, on every rank, for a folder into which one of them
+    cannot write, or that is not the same for all.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Checkpointer:
         *,
         ranks: Ranks | None = None,
         generators: Mapping[str, torch.Generator] | None = None,
+        saves: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self._replica, self._optimizer = replica, optimizer
@@ -76,6 +81,12 @@ class Checkpointer:
         self._parts = contents.parts_of(replica, self.ranks)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        if saves:
+            try:
+                self._probe()
+            except BaseException:
+                self.ranks.close()
+                raise
 
     # --- saving ---
     def save(self, step: int, state: Mapping[str, Any] | None = None) -> None:
@@ -84,24 +95,37 @@ class Checkpointer:
         `state` is anything that JSON takes, rank 0's. Call it between steps. Raises Error for what the save before
         failed with.
         """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise InvalidArgument(f"checkpoint: step is {step!r}, expected a whole number, at least 0")
         self.wait()
-        entries, objects, groups = self._copies()
+        entries, objects, merged = self._copies()
         described = json.dumps({"step": step, **(state or {})}, indent=1)
         # Not a daemon: the interpreter waits at its end until the last checkpoint is there.
         self._thread = threading.Thread(
-            target=self._run, args=(step, entries, objects, groups, described), name="paracomm checkpoint"
+            target=self._run, args=(step, entries, objects, merged, described), name="paracomm checkpoint"
         )
         self._thread.start()
 
     @torch.no_grad()
-    def _copies(self) -> tuple[list[Entry], dict[storage.Where, Any], list[dict[str, Any]]]:
+    def _copies(self) -> tuple[list[Entry], dict[storage.Where, Any], dict[storage.Where, Any]]:
+        """What this rank writes: boxes of tensors, objects, and its share of objects that are made of all ranks'."""
         entries = [entry.copied() for part in self._parts for entry in contents.weights_of(part, True)]
         entries += [entry.copied() for part in self._parts for entry in contents.states_of(part, self._optimizer, True)]
         entries += [entry for part in self._parts for entry in owed.hooks_of(part)]
         entries += owed.random_of(self._generators, self.ranks)
         hook = {key: value for part in self._parts for key, value in owed.described(part).items()}
-        objects: dict[storage.Where, Any] = {(*owed.HOOK, "state"): hook} if hook else {}
-        return entries, objects, contents.groups_of(self._parts, self._optimizer)
+        objects: dict[storage.Where, Any] = {(*owed.HOOK, "state"): hook} if hook and self.ranks.rank == 0 else {}
+        numbers: set[str] = set()
+        for part in self._parts:
+            values, keys = contents.values_of(part, self._optimizer)
+            objects |= values
+            numbers |= set(keys)
+        groups = copy.deepcopy(contents.groups_of(self._parts, self._optimizer))
+        merged: dict[storage.Where, Any] = {
+            contents.GROUPS: (groups, contents.merge_groups),
+            contents.NUMBERS: (sorted(numbers), lambda everyone: sorted(set().union(*everyone))),
+        }
+        return entries, objects, merged
 
     def _run(self, *arguments: Any) -> None:
         try:
@@ -114,32 +138,64 @@ class Checkpointer:
         step: int,
         entries: list[Entry],
         objects: dict[storage.Where, Any],
-        groups: list[dict[str, Any]],
+        merged: dict[storage.Where, Any],
         described: str,
     ) -> None:
         whole = self.folder / f"step-{step:08d}"
         part = self.folder / f".saving-{whole.name}"
-        leads = self.ranks.rank == 0
-        self._together((lambda: _make_room(self.folder, part)) if leads else None, part)
-        finish = storage.write(part, entries, objects, self.ranks, {contents.GROUPS: (groups, contents.merge_groups)})
+        leads, not_written = self.ranks.rank == 0, f"'{part}' is not written"
 
         def publish() -> None:
-            finish()
-            _publish(part, whole, described)
+            finish({STATE: described.encode()})
+            _publish(part, whole)
 
-        self._together(publish if leads else None, part)
+        raise_first(self._errors((lambda: _make_room(self.folder, part)) if leads else None), not_written)
+        try:
+            finish = storage.write(part, entries, objects, self.ranks, merged)
+            raise_first(self._errors(publish if leads else None), not_written)
+        except Error:
+            if leads:  # it may be what fills the disk; where that fails too, the next save begins with it
+                shutil.rmtree(part, ignore_errors=True)
+            raise
 
-    def _together(self, job: Callable[[], None] | None, what: Path) -> None:
-        """Runs `job`, and raises on every rank what it raised on one."""
+    def _errors(self, job: Callable[[], None] | None) -> list[str | None]:
+        """Runs `job`; what it raised on each rank. Collective."""
         error = None
         try:
             if job is not None:
                 job()
         except Exception as failure:
-            error = f"{type(failure).__name__}: {failure}"
+            error = storage.said_of(failure, self.folder)
+        return [pickle.loads(blob) for blob in self.ranks.exchange(pickle.dumps(error))]
+
+    def _probe(self) -> None:
+        """Raises InvalidArgument on every rank unless all of them can write into one folder that rank 0 sees."""
+        names = [f".probing-{rank}" for rank in range(self.ranks.world_size)]
+        mine, leads = self.folder / names[self.ranks.rank], self.ranks.rank == 0
+        no_folder = f"checkpoint: nothing can be saved in '{self.folder}'"
+
+        def see() -> None:
+            unseen = [rank for rank, name in enumerate(names) if not (self.folder / name).exists()]
+            if unseen:
+                raise Error(f"it does not see what rank {unseen[0]} writes there: expected one folder for all")
+
         raise_first(
-            [pickle.loads(blob) for blob in self.ranks.exchange(pickle.dumps(error))], f"'{what}' is not written"
+            self._errors((lambda: self.folder.mkdir(parents=True, exist_ok=True)) if leads else None),
+            no_folder,
+            InvalidArgument,
         )
+        try:
+            errors = self._errors(lambda: storage.write_file(mine, bytes(storage.LITTLE)))
+            if any(errors):  # what a run that died left there may be what fills the disk
+                raise_first(
+                    self._errors((lambda: _give_up(self.folder)) if leads else None), no_folder, InvalidArgument
+                )
+                errors = self._errors(lambda: storage.write_file(mine, bytes(storage.LITTLE)))
+            raise_first(errors, no_folder, InvalidArgument)
+            raise_first(self._errors(see if leads else None), no_folder, InvalidArgument)
+        finally:
+            if mine.exists():
+                mine.unlink()
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises Error for what a save failed with."""
@@ -172,8 +228,11 @@ class Checkpointer:
             saved = Saved(Path(chosen[0]))
             theirs = {name for (name,) in saved.below(*contents.MODEL)}
             self._load(saved)
+            saved.compare_rest(self.ranks)
         except Exception as failure:
             error, theirs = failure, set()
+            if (before := _before(Path(chosen[0]))) is not None and "damaged" in str(failure):
+                error = Error(f"{failure}; '{before.name}' is there: give load() its path")
         said = pickle.dumps((names, theirs, None if error is None else f"{type(error).__name__}: {error}"))
         everyone = [pickle.loads(blob) for blob in self.ranks.exchange(said)]
         if error is not None:
@@ -190,12 +249,12 @@ class Checkpointer:
     @torch.no_grad()
     def _load(self, saved: Saved) -> None:
         where = (*owed.HOOK, "state")
-        objects = saved.objects([contents.GROUPS, where])
+        objects = saved.objects([contents.GROUPS, contents.NUMBERS, where])
         contents.load_groups(self._parts, self._optimizer, objects.get(contents.GROUPS, []))
         entries: list[Entry] = []
         for part in self._parts:
             entries += contents.weights_of(part, False)
-            contents.make_states(part, self._optimizer, saved)
+            contents.make_states(part, self._optimizer, saved, objects.get(contents.NUMBERS))
             entries += contents.states_of(part, self._optimizer, False)
         saved.read(entries)
         for part in self._parts:
@@ -239,7 +298,7 @@ def load_checkpoint(path: str | Path, model: torch.nn.Module, optimizer: torch.o
 
     Raises as Checkpointer.load().
     """
-    with Checkpointer(Path(path).parent, model, optimizer, ranks=Alone()) as one:
+    with Checkpointer(Path(path).parent, model, optimizer, ranks=Alone(), saves=False) as one:
         return one.load(path)
 
 
@@ -253,32 +312,42 @@ def list_checkpoints(folder: Path) -> list[Path]:
         match = NAME.fullmatch(path.name)
         if match is not None:
             found[match[1]] = path
-    return [found[step] for step in sorted(found)]
+    return [found[step] for step in sorted(found, key=int)]
+
+
+def _before(path: Path) -> Path | None:
+    """The checkpoint before the one at `path`."""
+    here = list_checkpoints(path.parent)
+    return here[here.index(path) - 1] if path in here[1:] else None
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: "step" and what save() was given. Raises Error if it cannot be read."""
+    """state.json of a checkpoint: "step" and what save() was given. Raises Error if it cannot be read or is damaged."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise Error(f"checkpoint '{path}': state.json cannot be read: {error}") from error
+        state: dict[str, Any] = json.loads(storage.read_file(path, STATE))
+    except ValueError as error:
+        raise Error(f"checkpoint '{path}': {STATE} cannot be read: {error}") from error
     return state
 
 
 def _make_room(folder: Path, part: Path) -> None:
     """An empty folder to write into, and no trace of what was given up."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (path for pattern in HIDDEN for path in folder.glob(pattern)):
-        shutil.rmtree(stale)
+    _give_up(folder)
     part.mkdir()
 
 
-def _publish(part: Path, whole: Path, described: str) -> None:
+def _give_up(folder: Path) -> None:
+    """Removes what saves and drops left that were not completed."""
+    for stale in (path for pattern in HIDDEN for path in folder.glob(pattern)):
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink()
+
+
+def _publish(part: Path, whole: Path) -> None:
     """Makes what all ranks have written the checkpoint `whole`, and drops all but the last two."""
-    with (part / "state.json").open("w") as file:
-        file.write(described)
-        file.flush()
-        os.fsync(file.fileno())
     _sync_folder(part)
     before = whole.with_name(f"{whole.name}~")
     if whole.exists():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+import torch.distributed as dist
 
 from paracomm.errors import InvalidArgument
 from paracomm.kernels import Backend, backend, runs
@@ -15,6 +17,12 @@ from paracomm.parallel import Layout
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 REDUCERS = ("paracomm", "ddp")
+LEAST = {
+    "steps": 1, "batch": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "eval_windows": 1, "checkpoint_every": 1,
+    "trace_steps": 1, "warmup": 0, "sample_bytes": 0, "seed": 0,
+}  # fmt: skip
+"""Of each setting that is a whole number."""
+MOST, MOST_SEED = 10**9, 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -55,13 +63,21 @@ class TrainConfig:
     trace_steps: int = 3
 
     def __post_init__(self) -> None:
-        least_one = ("steps", "batch", "accumulate", "log_every", "eval_every", "eval_windows", "checkpoint_every")
-        for name in (*least_one, "trace_steps"):
-            if getattr(self, name) < 1:
-                raise InvalidArgument(f"train: {name} is {getattr(self, name)}, expected at least 1")
-        for name in ("lr", "clip", "bucket_mib"):
-            if not getattr(self, name) > 0:
-                raise InvalidArgument(f"train: {name} is {getattr(self, name)}, expected more than 0")
+        for name, least in LEAST.items():
+            self._expect_count(name, least)
+        for name in ("lr", "clip", "bucket_mib", "weight_decay"):
+            self._expect_real(name)
+        for name in ("data", "runs", "checkpoint", "trace"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
+            elif not isinstance(value, Path) and (value is not None or name == "runs"):
+                raise InvalidArgument(f"train: {name} is {value!r}, expected a path")
+        for name in ("dtype", "kernels", "reducer", "backend", "name", "prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise InvalidArgument(f"train: {name} is {getattr(self, name)!r}, expected a text")
+        if self.model.vocabulary < 256:
+            raise InvalidArgument(f"train: a vocabulary of {self.model.vocabulary}, expected at least the 256 bytes")
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"train: dtype is '{self.dtype}', expected one of {', '.join(DTYPES)}")
         if self.kernels not in get_args(Backend):
@@ -71,16 +87,48 @@ class TrainConfig:
             runs(torch.empty(0, dtype=DTYPES[self.dtype]))
         if self.reducer not in REDUCERS:
             raise InvalidArgument(f"train: reducer is '{self.reducer}', expected one of {', '.join(REDUCERS)}")
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if self.reducer == "ddp":
+            self._expect_backend()
+        if not self.name or "/" in self.name or "\0" in self.name or self.name.startswith("."):
             raise InvalidArgument(f"train: name is '{self.name}', expected a plain folder name")
         if not self.prompt:
             raise InvalidArgument("train: the prompt is empty, expected at least one byte")
+        try:
+            _ = self.prompt_bytes
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"train: the prompt {self.prompt!r} has no bytes: {error}") from error
         if self.trace is not None and self.reducer == "ddp":
             raise InvalidArgument(
                 "train: trace with reducer ddp: DistributedDataParallel waits inside of backward and does not say how "
                 "long; use torch.profiler, or reducer paracomm"
             )
         self._check_layout()
+
+    def _expect_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InvalidArgument(f"train: {name} is {value!r}, expected a whole number, at least {least}")
+        most = MOST_SEED if name == "seed" else MOST
+        if value > most:
+            raise InvalidArgument(f"train: {name} is {value}, expected at most {most}")
+
+    def _expect_real(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InvalidArgument(f"train: {name} is {value!r}, expected a number")
+        if not (value >= 0 if name == "weight_decay" else value > 0):
+            least = "at least 0" if name == "weight_decay" else "more than 0"
+            raise InvalidArgument(f"train: {name} is {value}, expected {least}")
+        if math.isinf(value) and name != "clip":
+            raise InvalidArgument(f"train: {name} is {value}, expected a finite number")
+
+    def _expect_backend(self) -> None:
+        """Of one name, or of one a device, as "cpu:gloo,cuda:nccl"."""
+        known = list(dist.Backend.backend_list) if dist.is_available() else []
+        for part in self.backend.split(","):
+            if part.rpartition(":")[2].lower() not in known or part.rpartition(":")[2].lower() == "undefined":
+                names = ", ".join(name for name in known if name != "undefined")
+                raise InvalidArgument(f"train: backend is '{self.backend}', expected one of {names}")
 
     def _check_layout(self) -> None:
         shape, layout = self.model, self.layout
@@ -102,6 +150,11 @@ class TrainConfig:
     @property
     def kernel_backend(self) -> Backend:
         return cast("Backend", self.kernels)
+
+    @property
+    def prompt_bytes(self) -> bytes:
+        """Bytes of a command line that are no UTF-8 are as they were typed."""
+        return self.prompt.encode("utf-8", "surrogateescape")
 
     @property
     def folder(self) -> Path:

@@ -1,7 +1,8 @@
 """What a checkpoint holds of a run, by the names of the whole model, and where on this rank it lies.
 
     model.NAME                          [its shape]         parameters, those of the optimizer under mixed precision
-    optimizer.state.NAME.KEY            [its shape]         or one number
+    optimizer.state.NAME.KEY            [its shape]         or one number; an object: a number of Python's, a text
+    optimizer.numbers                   object              the keys of tensors that are one number for a parameter
     optimizer.param_groups              object              options, and the names of their parameters
     hook.memory.NAME                    [ranks, its shape]  what each rank's hook owes
     hook.state                          object              kind, steps
@@ -27,13 +28,16 @@ from paracomm.hooks import LocalSGDState
 from paracomm.parallel import DataParallel
 from paracomm.parallel.optimizer import SCALARS, shards_of
 from paracomm.parallel.pieces import Piece, of_range, of_whole
-from paracomm.parallel.shard import shard_of
+from paracomm.parallel.shard import Shard, shard_of
 from paracomm.parallel.weights import Weights
 from paracomm.train.storage import Entry, Ranks, Saved, Where
 
-MODEL, STATE, GROUPS = ("model",), ("optimizer", "state"), ("optimizer", "param_groups")
+MODEL, STATE = ("model",), ("optimizer", "state")
+GROUPS, NUMBERS = ("optimizer", "param_groups"), ("optimizer", "numbers")
 LOCAL_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
 """Of a group: how this process computes, which is not loaded."""
+PLAIN = (bool, int, float, str)
+"""What a state may be beside tensors."""
 
 
 @dataclass(frozen=True)
@@ -158,97 +162,178 @@ def names_of(parts: Sequence[Part]) -> set[str]:
 
 # --- the optimizer ---
 def states_of(part: Part, optimizer: torch.optim.Optimizer, saving: bool) -> list[Entry]:
-    """The states that the optimizer has of a part's parameters; to load, without numbers, which make_states() reads."""
+    """The tensors that the optimizer has of a part's parameters; to load, without numbers, which make_states() reads.
+
+    Raises InvalidArgument for a state of which no part could be cut for another layout.
+    """
     shards, found = shards_of(optimizer), []
     if shards is None:
         for name, parameter in part.parameters().items():
-            if not saving or part.writes(parameter):
-                state = optimizer.state.get(parameter, {})
-                found += _numbers(stored_name(name, parameter), state) if saving else []
-                for key, value in _tensors(state):
+            if saving and not part.writes(parameter):
+                continue
+            for key, value in _tensors(name, optimizer.state.get(parameter, {})):
+                if saving or not _is_number(key, value, parameter.dim()):
                     path = (*STATE, stored_name(name, parameter), key)
-                    found += entries_of(path, of_whole(value, shard_of(parameter)))
+                    found += entries_of(path, of_whole(value, _cut_like(parameter, name, key, value)))
         return found
     for weights, slot, source, target in part.bucketed(saving):
         member, name = weights.bucket.members[slot], weights.bucket.names[slot]
         for where, _, state in shards.runs(weights):
             if where.start <= target.start < where.stop:
                 place = slice(target.start - where.start, target.stop - where.start)
-                for key, value in _tensors(state):
-                    pieces = of_range(value[place], source.start, member.shape, shard_of(member))
-                    found += entries_of((*STATE, stored_name(name, member), key), pieces)
-    for weights in part.spread.weights if saving and part.spread is not None else []:
+                for key, value in _tensors(name, state):
+                    if value.dim():
+                        _expect_flat(name, key, value, where.stop - where.start)
+                        pieces = of_range(value[place], source.start, member.shape, shard_of(member))
+                        found += entries_of((*STATE, stored_name(name, member), key), pieces)
+    for name, _, held in _by_name(part, optimizer) if saving else ():
+        for key, value in _tensors(name, held):
+            if not value.dim():  # several ranks offer the same
+                found += entries_of((*STATE, name, key), of_whole(value, None))
+    return found
+
+
+def values_of(part: Part, optimizer: torch.optim.Optimizer) -> tuple[dict[Where, Any], list[str]]:
+    """What the optimizer's states have that is no tensor, and the keys of tensors that are one number.
+
+    Raises InvalidArgument for what is neither a number nor a text.
+    """
+    values: dict[Where, Any] = {}
+    numbers: set[str] = set()
+    for name, dims, state in _by_name(part, optimizer):
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                if _is_number(key, value, dims):
+                    numbers.add(key)
+            elif value is not None:
+                if not isinstance(value, PLAIN):
+                    raise InvalidArgument(
+                        f"checkpoint: the optimizer's state '{key}' of '{name}' is a {type(value).__name__}, expected "
+                        "a tensor, a number or a text"
+                    )
+                values |= {(*STATE, name, key): value}
+    return values, sorted(numbers)
+
+
+def _by_name(part: Part, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+    """(name, dimensions that tell a number from a tensor of its shape, state) of what this rank may write."""
+    shards = shards_of(optimizer)
+    if shards is None:
+        for name, parameter in part.parameters().items():
+            if part.writes(parameter) and not is_copy(parameter):
+                yield name, parameter.dim(), optimizer.state.get(parameter, {})
+        return
+    for weights in [] if part.spread is None else part.spread.weights:
         for _, slots, state in shards.runs(weights):
-            for slot in slots:  # several ranks offer the same
+            for slot in slots:
                 if not is_copy(weights.bucket.members[slot]):
-                    found += _numbers(weights.bucket.names[slot], state)
-    return found
+                    yield weights.bucket.names[slot], 1, state
 
 
-def _is_number(key: str, value: Any) -> bool:
-    return key in SCALARS or not isinstance(value, Tensor)
+def _is_number(key: str, value: Tensor, dims: int) -> bool:
+    """Whether a state is one number for a parameter of so many dimensions; with none, the key decides."""
+    return value.dim() == 0 and (dims > 0 or key in SCALARS)
 
 
-def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    return [(key, value) for key, value in state.items() if value is not None and not _is_number(key, value)]
-
-
-def _numbers(name: str, state: Mapping[str, Any]) -> list[Entry]:
-    found: list[Entry] = []
+def _tensors(name: str, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for key, value in state.items():
-        if value is not None and _is_number(key, value):
-            number = value if isinstance(value, Tensor) else torch.tensor(float(value))
-            found += entries_of((*STATE, name, key), of_whole(number, None))
-    return found
+        if not isinstance(key, str):
+            raise InvalidArgument(f"checkpoint: the optimizer's state of '{name}' has a key {key!r}, expected a text")
+        if isinstance(value, Tensor):
+            yield key, value
 
 
-def make_states(part: Part, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+def _cut_like(parameter: Tensor, name: str, key: str, value: Tensor) -> Shard | None:
+    """How a state of a parameter is a part of the whole; of a whole parameter, and a number, it has any shape."""
+    shard = shard_of(parameter)
+    if shard is None or not value.dim():
+        return None
+    if value.shape != parameter.shape:
+        raise InvalidArgument(
+            f"checkpoint: the optimizer's state '{key}' of '{name}' is {list(value.shape)}, expected the shape of its "
+            f"shard, {list(parameter.shape)}"
+        )
+    return shard
+
+
+def _expect_flat(name: str, key: str, value: Tensor, count: int) -> None:
+    if value.shape != (count,):
+        raise InvalidArgument(
+            f"checkpoint: the optimizer's state '{key}' of '{name}' is {list(value.shape)}, expected one number or "
+            f"[{count}], one for each element that the rank owns"
+        )
+
+
+def make_states(part: Part, optimizer: torch.optim.Optimizer, saved: Saved, numbers: Sequence[str] | None) -> None:
     """Gives the optimizer the states that a checkpoint has: numbers, and zeros for what states_of() then names.
+
+    numbers: the keys that are one number for a parameter without dimensions; None: it does not say.
 
     Raises InvalidArgument where parameters that are one tensor here have had different ones.
     """
-    kinds: dict[str, dict[str, Any]] = {}
-    for path, value in saved.below(*STATE).items():
-        kinds.setdefault(path[0], {})[path[1]] = value
+    theirs = _Kinds(saved, SCALARS if numbers is None else numbers)
     shards = shards_of(optimizer)
     if shards is None:
         for name, parameter in part.parameters().items():
             optimizer.state.pop(parameter, None)
             name = stored_name(name, parameter)
-            if kinds.get(name):
-                numbers = _read_numbers(saved, name, kinds[name])
-                optimizer.state[parameter] = numbers | _zeros(kinds[name], parameter)
+            if name in theirs.of:
+                whole = shard_of(parameter) is None
+                optimizer.state[parameter] = theirs.numbers(name, parameter.dim()) | theirs.zeros(
+                    name, parameter.dim(), parameter, whole
+                )
         return
     for weights in [] if part.spread is None else part.spread.weights:
         bucket = weights.bucket
         for where, slots, state in shards.runs(weights):
             names = [stored_name(bucket.names[slot], bucket.members[slot]) for slot in slots]
-            of_each = [_read_numbers(saved, name, kinds.get(name, {})) for name in names]
-            for name, theirs in zip(names, of_each, strict=True):
-                if theirs != of_each[0] or kinds.get(name, {}).keys() != kinds.get(names[0], {}).keys():
+            dims = [bucket.members[slot].dim() for slot in slots]
+            of_each = [theirs.numbers(name, count) for name, count in zip(names, dims, strict=True)]
+            first = theirs.of.get(names[0], {}).keys()
+            for name, found in zip(names, of_each, strict=True):
+                if found != of_each[0] or theirs.of.get(name, {}).keys() != first:
                     raise InvalidArgument(
-                        f"checkpoint: the optimizer's {sorted(kinds.get(names[0], {}))} of '{names[0]}' with "
-                        f"{of_each[0]}, and {sorted(kinds.get(name, {}))} of '{name}' with {theirs}, cannot be one "
-                        "tensor's; expected the same"
+                        f"checkpoint: the optimizer's {sorted(first)} of '{names[0]}' with {of_each[0]}, and "
+                        f"{sorted(theirs.of.get(name, {}))} of '{name}' with {found}, cannot be one tensor's; expected "
+                        "the same"
                     )
             state.clear()
-            state |= of_each[0] | _zeros(kinds.get(names[0], {}), weights.master[where])
+            state |= of_each[0] | theirs.zeros(names[0], dims[0], weights.master[where], False)
 
 
-def _read_numbers(saved: Saved, name: str, kinds: Mapping[str, Any]) -> dict[str, Tensor]:
-    found = {key: torch.zeros((), dtype=kind.properties.dtype) for key, kind in kinds.items() if key in SCALARS}
-    saved.read(
-        [entry for key, value in found.items() for entry in entries_of((*STATE, name, key), of_whole(value, None))]
-    )
-    return found
+class _Kinds:
+    """What a checkpoint knows of the optimizer's states: `of` each name, by key."""
 
+    def __init__(self, saved: Saved, scalars: Sequence[str]) -> None:
+        self._saved, self._scalars = saved, scalars
+        self.of: dict[str, dict[str, Any]] = {}
+        for path, kind in saved.below(*STATE).items():
+            self.of.setdefault(path[0], {})[path[1]] = kind
+        self._values = saved.objects([(*STATE, *path) for path in saved.below(*STATE)])
 
-def _zeros(kinds: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
-    return {
-        key: torch.zeros_like(like, dtype=kind.properties.dtype, requires_grad=False)
-        for key, kind in kinds.items()
-        if key not in SCALARS
-    }
+    def _is_number(self, key: str, kind: Any, dims: int) -> bool:
+        return not kind.size and (dims > 0 or key in self._scalars)
+
+    def numbers(self, name: str, dims: int) -> dict[str, Any]:
+        kinds = self.of.get(name, {})
+        found = {
+            key: torch.zeros((), dtype=kind.properties.dtype)
+            for key, kind in kinds.items()
+            if (*STATE, name, key) not in self._values and self._is_number(key, kind, dims)
+        }
+        self._saved.read(
+            [entry for key, value in found.items() for entry in entries_of((*STATE, name, key), of_whole(value, None))]
+        )
+        paths = {key: (*STATE, name, key) for key in kinds}
+        return found | {key: self._values[path] for key, path in paths.items() if path in self._values}
+
+    def zeros(self, name: str, dims: int, like: Tensor, whole: bool) -> dict[str, Tensor]:
+        """whole: of a parameter that is no part of another, a state may have a shape of its own."""
+        return {
+            key: torch.zeros(kind.size if whole else like.shape, dtype=kind.properties.dtype, device=like.device)
+            for key, kind in self.of.get(name, {}).items()
+            if (*STATE, name, key) not in self._values and not self._is_number(key, kind, dims)
+        }
 
 
 # --- its groups ---

@@ -41,6 +41,14 @@ class Corpus:
     source: str
     digest: str
 
+    def expect_context(self, context: int) -> None:
+        """Raises InvalidArgument where there is no sequence to train on, or none to evaluate on."""
+        for text, what in ((self.train, "to train on"), (self.held_out, "held out")):
+            if len(text) <= context:
+                raise InvalidArgument(
+                    f"train: '{self.source}' has {len(text)} bytes {what}, expected more than the context of {context}"
+                )
+
     def unigram_bits(self) -> float:
         """Bits a byte on the held-out text of a model that only knows how often each byte occurs in training."""
         counts = torch.bincount(self.train.long(), minlength=256).double() + 1
@@ -52,7 +60,7 @@ class Corpus:
 def load_corpus(path: Path | None = None, max_bytes: int = MAX_BYTES) -> Corpus:
     """The standard library's sources, or the text under `path` (a file or a folder), at most `max_bytes` of it.
 
-    Raises InvalidArgument if `path` does not exist or holds too little text.
+    Raises InvalidArgument if `path` does not exist, cannot be read, or holds too little text.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -65,11 +73,22 @@ def load_corpus(path: Path | None = None, max_bytes: int = MAX_BYTES) -> Corpus:
     else:
         raise InvalidArgument(f"train: no file or folder at '{path}'")
     texts: dict[str, bytes] = {}
+    skipped: list[str] = []
     room = max_bytes
     for file in files:
-        if room and (text := _text(file, room)):
+        if not room:
+            break
+        try:
+            text = _text(file, room)
+        except (OSError, InvalidArgument) as error:
+            skipped.append(f"'{file}': {error.strerror if isinstance(error, OSError) else error}")
+            continue
+        if text:
             texts[file.relative_to(root).as_posix()] = text
             room -= len(text)
+    if not texts and skipped:
+        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        raise InvalidArgument(f"train: there is no text in '{path or root}': {skipped[0]}{more}")
     return _corpus(*_split(texts), source=str(path or root))
 
 
@@ -96,13 +115,12 @@ def _standard_library(root: Path) -> list[Path]:
 
 
 def _text(file: Path, limit: int) -> bytes:
-    """The file's first `limit` bytes; none if it cannot be read or is not text."""
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(limit)
-    except OSError:
-        return b""
-    return b"" if b"\0" in data[:8192] else data
+    """The file's first `limit` bytes. Raises InvalidArgument for what is not text."""
+    with file.open("rb") as opened:
+        data = opened.read(limit)
+    if (place := data[:8192].find(b"\0")) >= 0:
+        raise InvalidArgument(f"it is binary, byte {place} is 0")
+    return data
 
 
 def _corpus(train: list[bytes], held_out: list[bytes], source: str) -> Corpus:

@@ -7,6 +7,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from paracomm.train.config import DTYPES, TrainConfig
 from paracomm.train.data import Corpus, batch, evaluation_batches, load_corpus
 from paracomm.train.metrics import Display, MetricLog
 from paracomm.train.replicas import MeshReplicas, Replicas, open_replicas, use_one_thread
-from paracomm.train.trace import Tracer
+from paracomm.train.trace import Tracer, make_folder
 from paracomm.train.whole import whole_weights
 
 FINAL_LR_SHARE = 0.1
@@ -154,7 +155,7 @@ class Trainer:
             return b""
         else:
             model = cast("GPT", self.model)
-        return model.generate(config.prompt.encode(), config.sample_bytes, seed=config.seed)
+        return model.generate(config.prompt_bytes, config.sample_bytes, seed=config.seed)
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -217,58 +218,77 @@ def _train(config: TrainConfig, replicas: Replicas) -> Result:
     config.share(replicas.part[1])
     corpus, checkpoint, first_step = _inputs(config, replicas)
     trainer = Trainer(config, replicas, corpus)
-    with Checkpointer(
-        config.checkpoints, trainer.replicated, trainer.optimizer, ranks=replicas.beside()
-    ) as checkpoints:
-        if checkpoint is not None:
-            checkpoints.load(checkpoint)
-        return _run(trainer, checkpoints, first_step)
+    log = _make_folders(config, replicas, first_step)
+    try:
+        with Checkpointer(
+            config.checkpoints, trainer.replicated, trainer.optimizer, ranks=replicas.beside()
+        ) as checkpoints:
+            if checkpoint is not None:
+                checkpoints.load(checkpoint)
+            return _run(trainer, checkpoints, first_step, log)
+    finally:
+        if log is not None:
+            log.close()
+
+
+def read_corpus(config: TrainConfig, replicas: Replicas) -> Corpus:
+    """The text, read on each rank. Collective; raises on every rank what is wrong on one."""
+    corpora: list[Corpus] = []
+
+    def read() -> str:
+        corpora.append(load_corpus(config.data))
+        corpora[0].expect_context(config.model.context)
+        return corpora[0].digest
+
+    digests = outcomes(replicas.exchange, read)
+    _expect_same(replicas.rank, digests, f"the text under '{corpora[0].source}'")
+    return corpora[0]
 
 
 def _inputs(config: TrainConfig, replicas: Replicas) -> tuple[Corpus, Path | None, int]:
     """The text, the checkpoint to go on from and its step: each rank's own, which must be the same."""
-    corpora, found = [], []
-
-    def read_text() -> str:
-        corpora.append(load_corpus(config.data))
-        return corpora[0].digest
+    corpus, found = read_corpus(config, replicas), []
 
     def read_checkpoint() -> int:
-        found.append(_checkpoint_to_resume(config, corpora[0]))
+        found.append(_checkpoint_to_resume(config, corpus))
         return 0 if found[0] is None else int(read_state(found[0])["step"])
 
-    digests = outcomes(replicas.exchange, read_text)
-    _expect_same(replicas.rank, digests, f"the text under '{corpora[0].source}'")
     steps = outcomes(replicas.exchange, read_checkpoint)
     _expect_same(replicas.rank, steps, f"the last checkpoint in '{config.checkpoints}'")
-    return corpora[0], found[0], steps[0]
+    return corpus, found[0], steps[0]
 
 
-def _run(trainer: Trainer, checkpoints: Checkpointer, first_step: int) -> Result:
-    config, replicas = trainer.config, trainer.replicas
+def _make_folders(config: TrainConfig, replicas: Replicas, first_step: int) -> MetricLog | None:
+    """Where the run will write, tried before it begins; rank 0's log. Collective."""
     log: MetricLog | None = None
-    with (
-        Display(config.steps, first_step, rank=replicas.rank) as display,
-        _tracer(trainer, display, first_step) as tracer,
-    ):
 
-        def make_room() -> None:
-            nonlocal log
+    def make_room() -> None:
+        nonlocal log
+        try:
             if not config.resume:
                 _move_aside(config.folder)
                 if list_checkpoints(config.checkpoints):
                     _move_aside(config.checkpoints)
             log = MetricLog(config.folder, first_step)
             (config.folder / "config.json").write_text(json.dumps(config.described(), indent=1) + "\n")
+        except OSError as error:
+            raise InvalidArgument(f"train: cannot write to '{config.folder}': {error}") from error
 
-        outcomes(replicas.exchange, make_room if replicas.rank == 0 else None)
+    outcomes(replicas.exchange, make_room if replicas.rank == 0 else None)
+    if config.trace is not None:
+        outcomes(replicas.exchange, partial(make_folder, config.trace))
+    return log
+
+
+def _run(trainer: Trainer, checkpoints: Checkpointer, first_step: int, log: MetricLog | None) -> Result:
+    config, replicas = trainer.config, trainer.replicas
+    with (
+        Display(config.steps, first_step, rank=replicas.rank) as display,
+        _tracer(trainer, display, first_step) as tracer,
+    ):
         _introduce(display, trainer, first_step, log)
-        try:
-            held_out_bits = _steps(trainer, display, log, checkpoints, first_step, tracer)
-            checkpoints.wait()
-        finally:
-            if log is not None:
-                log.close()
+        held_out_bits = _steps(trainer, display, log, checkpoints, first_step, tracer)
+        checkpoints.wait()
     return _conclude(trainer, display, held_out_bits)
 
 
@@ -289,13 +309,18 @@ def _steps(
         blocked = trainer.replicated.blocked_s or 0.0
         with tracer.step(step):
             start = time.perf_counter()
-            window.loss += float(trainer.backward(step))
+            loss = float(trainer.backward(step))
+            window.loss += loss
             norm = trainer.update(step)
             window.seconds += time.perf_counter() - start
         window.blocked_s += (trainer.replicated.blocked_s or 0.0) - blocked
         window.steps += 1
         done, last = step + 1, step + 1 == config.steps
         values = None
+        if not math.isfinite(norm):  # the same on every rank
+            raise Error(
+                f"train: the loss is {loss} and the norm of its gradients {norm} at step {done}; try a smaller --lr"
+            )
         if done % config.log_every == 0 or last:
             values = window.record(trainer, step, norm)
             window = Window()
@@ -324,11 +349,15 @@ def _checkpoint_to_resume(config: TrainConfig, corpus: Corpus) -> Path | None:
     state = read_state(checkpoints[-1])
     wanted = config.described()
     decisive = ("model", "batch", "accumulate", "seed", "dtype")
+    if not isinstance(state.get("config"), dict) or not {"corpus", *decisive} <= {"corpus", *state["config"]}:
+        raise InvalidArgument(
+            f"train: '{checkpoints[-1]}' was not saved by paracomm train: it has no settings of a run"
+        )
     changed = [name for name in decisive if state["config"][name] != wanted[name]]
     if changed:
         was = ", ".join(f"{name} was {state['config'][name]} and is {wanted[name]}" for name in changed)
         raise InvalidArgument(f"train: '{checkpoints[-1]}' is of another run: {was}")
-    if state["corpus"] != corpus.digest:
+    if state.get("corpus") != corpus.digest:
         raise InvalidArgument(f"train: '{checkpoints[-1]}' was trained on other text than '{corpus.source}' holds now")
     return checkpoints[-1]
 

@@ -15,6 +15,14 @@ WARM_UP = 3
 """Steps that are left out where there are enough: the first ones make plans, buckets and the optimizer's state."""
 
 
+def make_folder(folder: Path) -> None:
+    """Makes it. Raises InvalidArgument where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgument(f"train: cannot write a trace to '{folder}': {error.strerror}") from error
+
+
 class Tracer:
     """Records `steps` of the steps first..end-1 into `folder`/rank-N.json; nothing if `folder` is None.
 
@@ -50,11 +58,7 @@ class Tracer:
 
     def __enter__(self) -> Tracer:
         if self._from < self._until and self._folder is not None:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                why = f"train: cannot write a trace to '{self._folder}': {error.strerror}"
-                raise InvalidArgument(why) from error
+            make_folder(self._folder)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

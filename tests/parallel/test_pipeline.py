@@ -215,6 +215,93 @@ def test_a_users_list_of_modules_trains_as_it_is(name: str, shared: str) -> None
         assert all(apart == 0.0 for apart in copies), "a tied weight has the same bits in both places"
 
 
+# --- batches ---
+class Scaled(nn.Module):
+    """Two layers; the loss is scaled by what the batch says, if it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def loss(self, x: Tensor, target: Tensor, scale: Any, power: Any, kind: Any) -> Tensor:
+        y: Tensor = (self.two(x) - target) ** (2 if power is None else power)
+        return (y.abs() if kind == "abs" else y).sum() * (1 if scale is None else scale)
+
+    def layers(self) -> list[Layer]:
+        end = Layer(self.loss, (self.two,), ("target",), ("scale", "power", "kind"))
+        return [Layer(self.one, takes=("input",)), end]
+
+
+EXTRAS: list[dict[str, Any]] = [
+    {}, {"scale": 3.0}, {"scale": torch.tensor(3.0)}, {"scale": torch.arange(8.0).view(8, 1).sum(1).mean()},
+    {"scale": 2, "power": torch.tensor(3), "kind": "abs"}, {"scale": None, "power": 4, "kind": None},
+]  # fmt: skip
+
+
+def with_extras(rank: Rank) -> list[tuple[float, list[Tensor]]]:
+    comm, found = rank.connect(), []
+    for extra in EXTRAS:
+        pipeline = Pipeline(Scaled(), Mesh(comm, pp=2), build("1f1b", ranks=2, microbatches=4))
+        loss = comm.all_reduce(pipeline.forward_backward(data(0) | extra, divisor=8))
+        pipeline.finish()
+        found.append((float(loss), [p.grad.clone() for p in pipeline.parameters() if p.grad is not None]))
+    return found
+
+
+def test_entries_for_all_samples_reach_every_microbatch() -> None:
+    first, last = run_ranks(2, with_extras)
+    for extra, (loss, head), (same, tail) in zip(EXTRAS, first, last, strict=True):
+        model, batch = Scaled(), data(0)
+        extra = {name: extra.get(name) for name in ("scale", "power", "kind")}
+        expected = model.loss(model.one(batch["input"]), batch["target"], **extra) / 8
+        expected.backward()
+        assert loss == same == pytest.approx(float(expected.detach()), rel=1e-5)
+        for found, parameter in zip([*head, *tail], model.parameters(), strict=True):
+            assert torch.allclose(found, parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+# --- groups of the model's own parameters ---
+def grouped(rank: Rank, shared: str) -> dict[str, Tensor]:
+    comm = rank.connect()
+    mesh, model = Mesh(comm, pp=2), sequence(shared)
+    groups = groups_of(model)
+    pipeline = Pipeline(model, mesh, build("1f1b", ranks=2, microbatches=4), first=[0, 3], loss=mean_square)
+    optimizer = pipeline.optimizer(torch.optim.AdamW, groups, lr=0.05)
+    pipeline.optimizer(torch.optim.AdamW, [{"params": pipeline.parameters()}])
+    for step in range(3):
+        optimizer.zero_grad()
+        pipeline.forward_backward(data(step), divisor=8)
+        pipeline.finish()
+        optimizer.step()
+    with pytest.raises(InvalidArgument, match=r"group 0 of the optimizer has a parameter \[2\] that the model did not"):
+        pipeline.optimizer(torch.optim.AdamW, [{"params": [nn.Parameter(torch.zeros(2))]}])
+    held = {key: p for key, p in pipeline.named_stage_parameters() if not hasattr(p, "copy_of")}
+    return {key: x.clone() for key, x in pipeline.everywhere(held).items()}
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay on matrices, as a loop for one process makes its groups before it wraps the model."""
+    return [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.5},
+        {"params": (p for p in model.parameters() if p.dim() < 2), "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("shared", ["", "weight"])
+def test_groups_made_before_wrapping_are_taken(shared: str) -> None:
+    model = sequence(shared)
+    optimizer = torch.optim.AdamW(groups_of(model), lr=0.05)
+    for step in range(3):
+        batch = data(step)
+        optimizer.zero_grad()
+        (mean_square(model(batch["input"]), batch["target"]) / 8).backward()
+        optimizer.step()
+    for found in run_ranks(2, grouped, shared):
+        assert found.keys() == dict(model.named_parameters()).keys()
+        assert all(torch.allclose(found[name], p, rtol=1e-4, atol=1e-5) for name, p in model.named_parameters())
+
+
 # --- memory ---
 def most_kept(rank: Rank, name: str, microbatches: int) -> tuple[int, int]:
     comm = rank.connect()
@@ -340,6 +427,12 @@ def refused(rank: Rank, kind: str) -> tuple[str, float]:
         batch = {name: x[:7] for name, x in batch.items()}
     elif kind == "entry":
         del batch["input"]
+    elif kind == "list":
+        batch["target"] = batch["target"].tolist()
+    elif kind == "unknown":
+        batch["scale"] = 3.0
+    elif kind == "scalars":
+        batch = {name: x.sum() for name, x in batch.items()}
     elif kind == "uneven":
         items[0] = Uneven()
     elif kind == "failing":
@@ -367,6 +460,9 @@ def refused(rank: Rank, kind: str) -> tuple[str, float]:
     [
         ("rows", "rows 'input' 7, 'target' 7; expected one number of rows, a multiple of 4"),
         ("entry", "the batch has no 'input'"),
+        ("list", "the batch's 'target' is a list, expected a tensor [B, ...]"),
+        ("unknown", "no layer takes the batch's 'scale', they take input, target"),
+        ("scalars", "entries with rows none; expected one number of rows"),
         ("uneven", "outputs of stage 0 are float32 [1, 8] for this microbatch, and were float32 [2, 8]"),
         ("loss", "the last layer gives float32 [2, 4], expected its loss, a scalar, first"),
         ("failing", "ZeroDivisionError: a bug of the user's"),

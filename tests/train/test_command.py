@@ -98,6 +98,7 @@ REFUSED = {
     "--precision int8": "precision is 'int8', expected one of bfloat16",
     "--reducer ddp --zero 1": "reducer ddp with zero 1",
     "--reducer ddp --hook int8": "reducer ddp with hook int8",
+    "--reducer ddp --backend pigeon": "backend is 'pigeon', expected one of",
     "--check --hook topk": "hook topk leaves out most",
 }
 
@@ -113,7 +114,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(options, monkeypatch
     app = typer.Typer()
     app.command()(train)
     result = CliRunner().invoke(app, [*options, *flags.split()])
-    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert result.exit_code == 2 and result.output.count("\n") == 1
     assert result.output.startswith("error: ") and REFUSED[flags] in result.output
 
 
@@ -121,10 +122,36 @@ def test_what_cannot_work_is_refused_before_anything_starts(options, monkeypatch
 def test_another_number_of_ranks_is_refused(options, tmp_path, reducer):
     flags = ["--dp", "4", "--reducer", reducer, "--data", str(tmp_path / "nowhere")]
     for code, said in run_ranks(2, on_rank, [*options, *flags]):
-        assert code == 1 and said == "error: layout: dp 4 x cp 1 x tp 1 = 4 ranks, but the job has 2\n"
+        assert code == 2 and said == "error: layout: dp 4 x cp 1 x tp 1 = 4 ranks, but the job has 2\n"
 
 
 def test_errors_are_one_line(options):
     ((code, said),) = run_ranks(1, on_rank, [*options, "--name", ".."])
-    assert code == 1
+    assert code == 2
     assert said == "error: train: name is '..', expected a plain folder name\n"
+
+
+NUMBERS = ("--warmup -5", "--weight-decay -1", "--weight-decay nan", "--sample-bytes -5", "--seed -1", "--clip inf",
+           "--lr 0", "--trace-steps 0", "--bucket-mib nan", "--dropout 2", "--check-steps 0")  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", NUMBERS)
+def test_numbers_out_of_their_range_end_it_with_2(options, flags):
+    app = typer.Typer()
+    app.command()(train)
+    result = CliRunner().invoke(app, [*options, *flags.split()])
+    assert result.exit_code == 2 and f"Invalid value for '{flags.split()[0]}'" in result.output
+
+
+def test_files_and_folders_that_cannot_be_end_it_alike_on_every_rank(options, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "binary").write_bytes(bytes(range(256)) * 100)
+    for flags, reason in {
+        f"--runs {tmp_path}/file/x": f"rank 0: train: cannot write to '{tmp_path}/file/x/gpt'",
+        f"--checkpoint {tmp_path}/file/x": f"checkpoint: nothing can be saved in '{tmp_path}/file/x': rank 0: NotADir",
+        f"--data {tmp_path}/binary": f"rank 0: train: there is no text in '{tmp_path}/binary': '{tmp_path}/binary': it "
+        "is binary, byte 0 is 0",
+    }.items():
+        (code, said), (other_code, other_said) = run_ranks(2, on_rank, [*options, *flags.split()])
+        assert code == other_code == 2, said
+        assert said == other_said and said.startswith("error: ") and reason in said and said.count("\n") == 1

@@ -107,3 +107,20 @@ def test_wrong_arguments_are_named(tmp_path):
         batch(TEXT, 16, 10, seed=0, step=0, world_size=3)
     with pytest.raises(InvalidArgument, match="16 bytes of text"):
         batch(TEXT[:16], 16, 10, seed=0, step=0)
+
+
+def test_why_there_is_no_text_is_said(tmp_path):
+    binary = tmp_path / "a.bin"
+    binary.write_bytes(b"abc\0def" * 100)
+    with pytest.raises(InvalidArgument, match=r"there is no text in '.*a.bin': '.*a.bin': it is binary, byte 3 is 0"):
+        load_corpus(binary)
+    (tmp_path / "b.bin").write_bytes(b"\0")
+    with pytest.raises(InvalidArgument, match=r"byte 3 is 0, and 1 more"):
+        load_corpus(tmp_path)
+    (tmp_path / "text").write_bytes(b"x" * 100)
+    corpus = load_corpus(tmp_path)
+    corpus.expect_context(4)
+    with pytest.raises(InvalidArgument, match="has 5 bytes held out, expected more than the context of 5"):
+        corpus.expect_context(5)
+    with pytest.raises(InvalidArgument, match="has 95 bytes to train on, expected more than the context of 95"):
+        corpus.expect_context(95)

@@ -14,6 +14,7 @@ from ranks import Rank, rank_outcomes, run_ranks
 from paracomm.errors import Error, InvalidArgument
 from paracomm.models.gpt import GPT, GPTConfig
 from paracomm.train import loop
+from paracomm.train.checkpoint import list_checkpoints
 from paracomm.train.config import TrainConfig
 from paracomm.train.loop import learning_rate
 from paracomm.train.metrics import read_metrics
@@ -113,7 +114,7 @@ def test_a_fresh_run_keeps_the_one_before(config):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(config):
-    with pytest.raises(Error, match=r"loss is (nan|inf)"):
+    with pytest.raises(Error, match=r"the loss is (-?\d\S+|nan|inf) and the norm of its gradients (nan|inf) at step"):
         run(replace(config, lr=1e30))
 
 
@@ -161,6 +162,9 @@ def one_cannot(rank: Rank, config: TrainConfig, folder: Path, what: str) -> None
         config = replace(config, resume=True)
         if rank.rank == 1:
             (config.checkpoints / "step-00000001").mkdir(parents=True)
+    if what == "trace":
+        (folder / "1").write_text("a file")
+        config = replace(config, runs=folder / "runs", trace=own / "trace")
     if what == "folder" and rank.rank == 0:
         own.write_text("a file")
     run(config, MeshReplicas(comm=rank.connect()))
@@ -171,7 +175,8 @@ def one_cannot(rank: Rank, config: TrainConfig, folder: Path, what: str) -> None
     [
         ("text", "InvalidArgument: rank 1: train: no file or folder"),
         ("checkpoint", "InvalidArgument: rank 0: train: nothing to resume"),
-        ("folder", "Error: rank 0: "),
+        ("folder", "InvalidArgument: rank 0: train: cannot write to"),
+        ("trace", "InvalidArgument: rank 1: train: cannot write a trace to"),
     ],
 )
 def test_what_one_rank_cannot_read_ends_the_run_alike_on_all(config, tmp_path, what, message):
@@ -205,11 +210,52 @@ def test_learning_rate_warms_up_and_decays():
         ({"reducer": "x"}, "reducer"),
         ({"name": "../x"}, "name"),
         ({"prompt": ""}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"name": "a\0b"}, "name"),
+        ({"lr": float("inf")}, "lr"),
+        ({"lr": "1"}, "lr"),
+        ({"clip": float("nan")}, "clip"),
+        ({"warmup": -5}, "warmup is -5, expected a whole number, at least 0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0, expected at least 0"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan, expected at least 0"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf, expected a finite number"),
+        ({"sample_bytes": -5}, "sample_bytes is -5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616, expected at most"),
+        ({"steps": 2.5}, "steps is 2.5, expected a whole number"),
+        ({"batch": True}, "batch is True"),
+        ({"data": 3}, "data is 3, expected a path"),
+        ({"runs": None}, "runs is None, expected a path"),
+        ({"dtype": None}, "dtype is None, expected a text"),
+        ({"backend": "carrier-pigeon", "reducer": "ddp"}, "backend is 'carrier-pigeon', expected one of .*gloo"),
+        ({"model": replace(TINY, vocabulary=100)}, "a vocabulary of 100, expected at least the 256 bytes"),
     ],
 )
 def test_wrong_settings_are_named(change, named):
     with pytest.raises(InvalidArgument, match=named):
         TrainConfig(**change)
+
+
+def test_settings_may_be_texts_and_limits():
+    config = TrainConfig(runs="r", data="d", clip=float("inf"), warmup=0, weight_decay=0, sample_bytes=0)
+    assert config.folder == Path("r/gpt") and config.data == Path("d")
+    assert TrainConfig(prompt="\udcff").prompt_bytes == b"\xff"
+    assert TrainConfig(reducer="ddp", backend="cpu:gloo,cuda:nccl").backend == "cpu:gloo,cuda:nccl"
+
+
+def test_a_checkpoint_of_another_program_is_named(config):
+    run(config)
+    state = config.checkpoints / "step-00000012/state.json"
+    state.write_text('{"step": 12}')
+    (state.parent / "checksums.json").unlink()
+    with pytest.raises(InvalidArgument, match="was not saved by paracomm train"):
+        run(replace(config, resume=True))
+
+
+def test_weights_that_are_not_finite_are_not_saved(config):
+    with pytest.raises(Error, match=r"the norm of its gradients (nan|inf) at step \d+; try a smaller --lr"):
+        run(replace(config, lr=1e30, log_every=100, checkpoint_every=1, steps=100))
+    assert all(int(path.name[5:]) < 3 for path in list_checkpoints(config.checkpoints))
 
 
 def test_a_batch_that_does_not_divide_is_named():

@@ -19,7 +19,8 @@ class Layer:
 
     call: a module, or a method of the model that uses some of its modules.
     modules: those that it uses; None: `call` itself, which is one.
-    takes: names of entries of the batch, [B, ...] each, that it is given after what the layer before it gives.
+    takes: names of entries of the batch, [B, ...] each or one value for all samples, that it is given after what the
+        layer before it gives.
     optional: more of them, None where the batch has no such entry.
 
     The first layer is given nothing carried. The last one gives the loss: a scalar, or (sum, count).

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -28,6 +29,8 @@ from paracomm.parallel.weights import Weights
 from paracomm.pipeline import Action, PipelineSchedule, cut_evenly
 from paracomm.pipeline.action import FORWARD
 
+FOR_ALL = (numbers.Number, str, torch.dtype, torch.device)
+"""What of a batch is no tensor and holds for all of its samples."""
 MakeHook = Callable[[], tuple[Any, Hook]]
 
 
@@ -80,7 +83,9 @@ class Pipeline(nn.Module):
         layers = layers_of(model, loss)
         self.first = cut_evenly(len(layers), schedule.stages) if first is None else list(first)
         expect_cut(self.first, len(layers), schedule.stages)
+        self._taken = {name for layer in layers for name in layer.names}
         self._broadcast_ties(model)
+        whole = dict(model.named_parameters())
         stages = make_stages(model, layers, self.first, schedule.stages_of(self.comm.rank))
         options: dict[str, Any] = {
             "bucket_bytes": bucket_bytes, "first_bucket_bytes": first_bucket_bytes, "zero": zero, "overlap": overlap,
@@ -91,6 +96,7 @@ class Pipeline(nn.Module):
             state, hook = (COMMUNICATOR, all_reduce_hook) if make_hook is None else make_hook()
             self._part[stage.index] = DataParallel(stage, mesh, hook=hook, state=state, **options)
         self.stages = nn.ModuleList(self._part.values())
+        self._originals = self._find_originals(whole)
         self._names = {stage.index: stage.names for stage in stages}
         self._ties = _Ties(self.comm, [part.reducer.buckets for part in self._part.values()])
         self.results: list[tuple[Any, ...]] = []
@@ -104,6 +110,19 @@ class Pipeline(nn.Module):
         for parameter in (parameter for parameter, count in uses.items() if count > 1):
             self.comm.broadcast(parameter.detach(), root=0)
 
+    def _find_originals(self, whole: Mapping[str, nn.Parameter]) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """Each parameter that the model had, and those of this rank that stand for it: itself, copies of a tied one."""
+        here = [parameter for _, parameter in self.named_stage_parameters()]
+        copies: dict[str, list[nn.Parameter]] = {}
+        for parameter in here:
+            if hasattr(parameter, "copy_of"):
+                copies.setdefault(parameter.copy_of, []).append(parameter)
+        ids = {id(parameter) for parameter in here}
+        return [
+            (parameter, [parameter] * (id(parameter) in ids) + copies.get(name, []))
+            for name, parameter in whole.items()
+        ]
+
     # --- steps ---
     def forward_backward(self, batch: Mapping[str, Any], *, divisor: Any = 1, more: bool = False) -> Tensor:
         """Passes the microbatches of `batch` through the stages, forward and backward; gradients accumulate.
@@ -114,10 +133,12 @@ class Pipeline(nn.Module):
 
         Args:
             batch: entries [B, ...] of this rank's samples, the same on all ranks of pp; B is a multiple of the
-                microbatches, which take the samples in order.
+                microbatches, which take the samples in order. Numbers, texts, None and tensors without dimensions are
+                given to each microbatch.
             more: another call follows before finish().
 
-        Raises InvalidArgument for another B, and what a layer or the communication raises: on every rank of pp.
+        Raises InvalidArgument for another B, for an entry that no layer takes or that is of another kind, and what a
+        layer or the communication raises: on every rank of pp.
         """
 
         def accumulate(stage: int, last: bool, run: Callable[[], None]) -> None:
@@ -136,7 +157,7 @@ class Pipeline(nn.Module):
         return self._run(batch, actions, 1, None).results
 
     def _run(self, batch: Mapping[str, Any], actions: Sequence[Action], divisor: Any, accumulate: Any) -> Step:
-        batches, places = _microbatches(batch, self.schedule.microbatches)
+        batches, places = _microbatches(batch, self.schedule.microbatches, self._taken)
         options = {} if accumulate is None else {"accumulate": accumulate}
         step = Step(
             self.schedule, self.comm, self._part, self._names, batches, places, divisor=divisor,
@@ -191,10 +212,17 @@ class Pipeline(nn.Module):
     def optimizer(
         self, kind: type[torch.optim.Optimizer], groups: Groups = None, **options: Any
     ) -> torch.optim.Optimizer:
-        """As DataParallel.optimizer(), over what this rank owns of its stages."""
+        """As DataParallel.optimizer(), over what this rank owns of its stages.
+
+        Groups may have been made of the model's parameters before it was wrapped.
+        """
         named = [(name, parameter) for name, parameter in self.named_stage_parameters() if parameter.requires_grad]
+        mine = {id(parameter): theirs for parameter, theirs in self._originals}
+        mine |= {
+            id(parameter): [parameter] for _, parameter in self.named_stage_parameters() if id(parameter) not in mine
+        }
         weights: list[Weights] = [each for part in self._part.values() for each in part.weights]
-        return Shards(kind, weights, groups, named, self._publish, options).optimizer
+        return Shards(kind, weights, _groups_here(groups, mine), named, self._publish, options).optimizer
 
     def _publish(self) -> None:
         for part in self._part.values():
@@ -260,8 +288,25 @@ def _groups(mesh: Mesh) -> Mesh:
     return mesh
 
 
-def _microbatches(batch: Mapping[str, Any], count: int) -> tuple[list[dict[str, Any]], list[rng.Place | None]]:
-    tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+def _microbatches(
+    batch: Mapping[str, Any], count: int, taken: Collection[str]
+) -> tuple[list[dict[str, Any]], list[rng.Place | None]]:
+    """The entries of each microbatch: rows of tensors, and what is for all samples as it is.
+
+    Raises InvalidArgument for an entry that no layer takes, one that is neither, and rows that do not divide.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, x in batch.items():
+        if name not in taken:
+            known = ", ".join(sorted(taken)) or "none"
+            raise InvalidArgument(f"pipeline: no layer takes the batch's '{name}', they take {known}")
+        if isinstance(x, Tensor) and x.dim():
+            tensors[name] = x
+        elif x is not None and not isinstance(x, (Tensor, *FOR_ALL)):
+            raise InvalidArgument(
+                f"pipeline: the batch's '{name}' is a {type(x).__name__}, expected a tensor [B, ...], which is cut "
+                "into microbatches, or a number, a text or None, which each of them is given"
+            )
     rows = {name: len(x) for name, x in tensors.items()}
     if len(set(rows.values())) != 1 or next(iter(rows.values())) % count:
         said = ", ".join(f"'{name}' {size}" for name, size in rows.items()) or "none"
@@ -273,6 +318,28 @@ def _microbatches(batch: Mapping[str, Any], count: int) -> tuple[list[dict[str, 
     place = rng.placed()
     batches, places = [], []
     for part in (slice(m * size, (m + 1) * size) for m in range(count)):
-        batches.append({name: x[part] for name, x in tensors.items()})
+        batches.append({name: tensors[name][part] if name in tensors else x for name, x in batch.items()})
         places.append(None if place is None else replace(place, rows=place.rows[part]))
     return batches, places
+
+
+def _groups_here(groups: Groups, originals: Mapping[int, Sequence[nn.Parameter]]) -> Groups:
+    """Groups of this rank's parameters, made of groups of the model's: other ranks' are left out.
+
+    Raises InvalidArgument for a parameter that the model did not have when it was wrapped.
+    """
+    if groups is None or callable(groups):
+        return groups
+    found: list[Mapping[str, Any]] = []
+    for index, group in enumerate(groups):
+        mine: list[nn.Parameter] = []
+        for parameter in group["params"]:
+            if id(parameter) not in originals:
+                raise InvalidArgument(
+                    f"pipeline: group {index} of the optimizer has a parameter {list(parameter.shape)} that the model "
+                    "did not have when Pipeline took it (tensor parallelism replaces modules); make the groups after "
+                    "wrapping, or give a rule(name, parameter)"
+                )
+            mine += originals[id(parameter)]
+        found.append({**group, "params": list(dict.fromkeys(mine))})
+    return found
