@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
 from paracomm.parallel import rng
+from paracomm.parallel.average import Average
 from paracomm.parallel.bucket import COMMUNICATOR, MIB, Bucket, Hook, all_reduce_hook
 from paracomm.parallel.clip import global_norm, scale
 from paracomm.parallel.data import DataParallel
@@ -189,12 +190,30 @@ class Pipeline(nn.Module):
         return found
 
     def optimizer(
-        self, kind: type[torch.optim.Optimizer], groups: Groups = None, **options: Any
+        self,
+        kind: type[torch.optim.Optimizer],
+        groups: Groups = None,
+        *,
+        elementwise: bool = False,
+        **options: Any,
     ) -> torch.optim.Optimizer:
         """As DataParallel.optimizer(), over what this rank owns of its stages."""
         named = [(name, parameter) for name, parameter in self.named_stage_parameters() if parameter.requires_grad]
-        weights: list[Weights] = [each for part in self._part.values() for each in part.weights]
-        return Shards(kind, weights, groups, named, self._publish, options).optimizer
+        return Shards(
+            kind, self._weights, groups, named, self._publish, options, self._settle, self.mesh.comm, elementwise
+        ).optimizer  # fmt: skip
+
+    def average(self, decay: float | None = 0.999) -> Average:
+        """As DataParallel.average(), over the stages of this rank."""
+        return Average(self._weights, self._settle, self._publish, decay)
+
+    @property
+    def _weights(self) -> list[Weights]:
+        return [each for part in self._part.values() for each in part.weights]
+
+    def _settle(self) -> None:
+        for part in self._part.values():
+            part.settle()
 
     def _publish(self) -> None:
         for part in self._part.values():
