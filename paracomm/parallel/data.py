@@ -192,7 +192,8 @@ class DataParallel(nn.Module):
     """What they ask as well: these buckets are final from the start."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._gate.before_forward()
+        if not torch.compiler.is_compiling():  # finish() sees it then
+            self._gate.before_forward()
         if self.precision is not None:
             args = tuple(self._cast(value) for value in args)
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}

@@ -7,6 +7,7 @@ was frozen or unfrozen.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ class Gate:
 
 
 def _same(now: dict[str, Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(a is b for a, b in zip(now.values(), before, strict=True))
+    return len(now) == len(before) and all(map(operator.is_, now.values(), before))
 
 
 def _changed(name: str, what: str) -> InvalidArgument:

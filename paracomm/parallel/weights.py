@@ -35,6 +35,7 @@ class Weights:
         self._nans: list[Tensor] = []
         self._views: list[Tensor] = []
         """What the parameters are views of, or hold instead."""
+        self._places: list[tuple[Any, ...]] = []
         self._mixed = bucket.dtype != bucket.master_dtype
         whole = self._new(bucket.count, bucket.master_dtype, shared=bucket.stage in (1, 2) and not self._mixed)
         self.full: Tensor | None = whole
@@ -57,8 +58,12 @@ class Weights:
         return new_flat(self.bucket.comm if shared else None, count, self._like, dtype)
 
     def _bind(self, full: Tensor) -> None:
-        self._views = self.bucket.cut(full)
-        for member, part in zip(self.bucket.members, self._views, strict=True):
+        self._hold(self.bucket.cut(full))
+
+    def _hold(self, views: list[Tensor]) -> None:
+        self._views = views
+        self._places = [_lies(view) for view in views]
+        for member, part in zip(self.bucket.members, views, strict=True):
             member.data = part
 
     @torch.no_grad()
@@ -68,11 +73,8 @@ class Weights:
         Raises InvalidArgument, which names the parameter, for another shape, dtype or device, and Error for one that
         was written to while ZeRO 3 had released it.
         """
-        for slot, (member, part) in enumerate(zip(self.bucket.members, self._views, strict=True)):
-            if member.data_ptr() == part.data_ptr() and member.dtype == part.dtype and member.shape == part.shape and (
-                member.stride() == part.stride()
-            ):  # fmt: skip
-                continue
+        changed = [slot for slot, member in enumerate(self.bucket.members) if _lies(member) != self._places[slot]]
+        for slot, member, part in ((slot, self.bucket.members[slot], self._views[slot]) for slot in changed):
             name = self.bucket.names[slot]
             if (member.shape, member.dtype, member.device) != (part.shape, part.dtype, part.device):
                 raise InvalidArgument(
@@ -140,9 +142,7 @@ class Weights:
             self._nothing = [
                 nan.expand(member.shape) for nan, member in zip(self._nans, self.bucket.members, strict=True)
             ]
-        for member, nothing in zip(self.bucket.members, self._nothing, strict=True):
-            member.data = nothing
-        self._views = self._nothing
+        self._hold(self._nothing)
         return full
 
     @torch.no_grad()
@@ -165,6 +165,10 @@ class Weights:
                 base = bucket.owned.start
                 found.append((slot, slice(start - offset, stop - offset), slice(start - base, stop - base)))
         return found
+
+
+def _lies(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _while_released(name: str) -> Error:
