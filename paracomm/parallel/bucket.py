@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from paracomm.comm import Work
 from paracomm.errors import Error, InvalidArgument
 from paracomm.hooks import LocalSGDState, local_sgd_hook
 from paracomm.hooks.lane import keeps_order, one_at_a_time, raised_by, wait_while_well
+from paracomm.parallel.gradient import ReducedGradient
 from paracomm.parallel.reduction import (
     GradientCommunicator,
     Pending,
@@ -58,6 +60,8 @@ from paracomm.timeline import span
 MIB = 1 << 20
 ALIGN = 64
 """Elements: no vector unit, and no unrolled loop over it, takes more at a time."""
+CHUNK = 1 << 16
+"""Elements that are compared at a time."""
 IN_FLIGHT = 2
 """Under ZeRO 2 and 3, buckets that are being reduced at a time, beside the one that is being filled."""
 
@@ -86,6 +90,10 @@ class Bucket:
     arrived: list[bool] = field(default_factory=list)
     missing: int = 0
     work: Pending | None = None
+    handles: list[ReducedGradient] = field(default_factory=list)
+    """What each member's `grad` is after finish(); empty where it is the view."""
+    takers: list[Callable[[], None]] = field(default_factory=list)
+    """Called when `gradient` is there."""
     _buffer: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -153,12 +161,61 @@ class Bucket:
             data[gap] = 0
         self.views = self.cut(data)
 
+    def part(self, slot: int, flat: Tensor) -> Tensor:
+        """What `flat` [owned] has of a member, flat."""
+        offset = self.offsets[slot]
+        start, stop = max(offset, self.owned.start), min(offset + self.members[slot].numel(), self.owned.stop)
+        return flat[start - self.owned.start : max(start, stop) - self.owned.start]
+
+    def reduced(self, slot: int) -> Tensor:
+        """What this rank has of a member's reduced gradient, of its shape under ZeRO 0 and flat under the others."""
+        assert self.gradient is not None
+        found = self.part(slot, self.gradient)
+        return found if self.stage else found.view(self.members[slot].shape)
+
+    @torch.no_grad()
+    def take_up(self) -> list[bool]:
+        """Takes up what was done to the members' `grad` since finish(); whether each still has one.
+
+        Raises Error if finish() has not followed the last backward pass.
+        """
+        if self.gradient is None or self.work is not None or any(self.arrived):
+            raise Error(
+                f"the gradients of '{self.names[0]}' are not reduced yet: call finish() after backward, and step() or "
+                "clip_() after it"
+            )
+        left = self.handles or self.views
+        for slot, (member, mine) in enumerate(zip(self.members, left, strict=True)):
+            given = member.grad
+            if given is None or given is mine:
+                continue
+            if isinstance(given, ReducedGradient):
+                self.reduced(slot).copy_(given.part().view_as(self.reduced(slot)))
+            elif self.stage:
+                offset, part = self.offsets[slot], self.reduced(slot)
+                start = max(self.owned.start - offset, 0)
+                part.copy_(given.detach().flatten()[start : start + part.numel()])
+            else:
+                (self.reduced(slot) if self.handles else self.views[slot]).copy_(given)
+            member.grad = mine
+        if self.stage == 0 and not self.handles and self.dtype != self.master_dtype and self.data is not None:
+            take_changes(self.data, self.gradient)
+        return [member.grad is not None for member in self.members]
+
     def reset(self) -> None:
         """Await every gradient again."""
         self.arrived = [False] * len(self.members)
         self.missing = len(self.members)
         self.work = None
         self._buffer = None
+
+
+def take_changes(source: Tensor, target: Tensor) -> None:
+    """Copies to `target` those elements of `source` that are not its elements rounded to the dtype of `source`."""
+    for mine, theirs in zip(source.split(CHUNK), target.split(CHUNK), strict=True):
+        differs = mine != theirs.to(mine.dtype)
+        if differs.any():
+            theirs.copy_(torch.where(differs, mine.to(theirs.dtype), theirs))
 
 
 Hook = Callable[[Any, Any], Any]
@@ -194,6 +251,8 @@ class Reducer:
         precision: dtype of the gradients of floating-point parameters, which are about to be cast to it.
         comm_of: the communicator that reduces a parameter's gradient, where it is not `comm`; hooks are not asked then.
         unit_of: parameters that `unit_of(name)` tells apart are in different buckets.
+        spread: spread(parameter) is the communicators beside `comm_of` over which a gradient is spread; None: nobody on
+            this rank can tell.
 
     Raises InvalidArgument for no parameters, sizes below 1, and a hook that cannot be used (see set_hook), and Error
     where the order of calls is wrong.
@@ -214,6 +273,7 @@ class Reducer:
         precision: torch.dtype | None = None,
         comm_of: Callable[[nn.Parameter], Any] | None = None,
         unit_of: Callable[[str], Hashable] | None = None,
+        spread: Callable[[nn.Parameter], Sequence[Any] | None] = lambda parameter: (),
     ) -> None:
         if min(bucket_bytes, first_bucket_bytes) < 1:
             raise InvalidArgument(f"Reducer: bucket sizes {bucket_bytes}, {first_bucket_bytes}, expected at least 1")
@@ -248,6 +308,7 @@ class Reducer:
             bucket = Bucket(index, names, parameters, dtype, groups[id(first)], zero)
             if zero < 2:
                 bucket.fill_in(new_flat(bucket.comm, bucket.count, first, dtype))
+            self._stand_in(bucket, [spread(parameter) for parameter in parameters])
             self.buckets.append(bucket)
         for bucket in [bucket for bucket in self.buckets if bucket.comm is comm][-1:]:
             bucket.last = True
@@ -260,6 +321,20 @@ class Reducer:
             for bucket in self.buckets
             for slot, parameter in enumerate(bucket.members)
         ]
+
+    @staticmethod
+    def _stand_in(bucket: Bucket, spread: Sequence[Sequence[Any] | None]) -> None:
+        """Makes what `grad` is where the view does not say all."""
+        if not bucket.stage and all(groups is not None and not groups for groups in spread):
+            return
+        own = [bucket.comm] if bucket.stage else []
+        bucket.handles = [
+            ReducedGradient(
+                member, bucket.names[slot], partial(bucket.reduced, slot), [*own, *(groups or ())], dtype=bucket.dtype,
+                whole=not bucket.stage, alone=groups is not None,
+            )
+            for slot, (member, groups) in enumerate(zip(bucket.members, spread, strict=True))
+        ]  # fmt: skip
 
     def set_hook(self, hook: Hook, state: Any = COMMUNICATOR) -> None:
         """Averages by `hook(state, bucket)` from the next step on; without a state it is given the communicator.
@@ -326,6 +401,10 @@ class Reducer:
             self._open(bucket)
         parameter, view = bucket.members[slot], bucket.views[slot]
         gradient = parameter.grad
+        if isinstance(gradient, ReducedGradient):
+            gradient = gradient.taken()
+            if gradient is not None and not bucket.stage:
+                parameter.grad = gradient = view
         if gradient is view:
             return
         if gradient is None:
@@ -368,15 +447,16 @@ class Reducer:
         A parameter without a gradient on this rank takes part with zeros, or with what it had accumulated before, and
         has the average afterwards. Errors of the communication are raised here.
 
-        Under ZeRO 0 each parameter's `grad` is the average. Under ZeRO 1 to 3 it is None, the optimizer has what it
-        needs, and the first backward afterwards begins anew.
+        Under ZeRO 0 each parameter's `grad` is the average. Under ZeRO 1 to 3 it stands for it (ReducedGradient), the
+        optimizer has what it needs, and the first backward afterwards begins anew.
         """
         self.end_pass()
         self._adds = False
-        if self.zero:
-            for bucket in self.buckets:
-                for parameter in bucket.members:
-                    parameter.grad = None
+        for bucket in self.buckets:
+            for parameter, handle in zip(bucket.members, bucket.handles, strict=False):
+                parameter.grad = handle
+            for take in bucket.takers:
+                take()
 
     def end_pass(self) -> None:
         """Reduces everything that this backward pass left, and adds what the next one gives to it (ZeRO 2 and 3)."""

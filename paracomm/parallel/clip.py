@@ -40,12 +40,12 @@ def counted(buckets: Sequence[Bucket], first_of: Any) -> Iterator[tuple[Bucket, 
         first_of: first_of(axis) is whether this rank is the first on an axis of the mesh.
     """
     for bucket in buckets:
-        gradient = bucket.gradient
-        if gradient is None:
+        if bucket.gradient is None:
             raise Error("clip_() came before the first finish(): there are no reduced gradients yet")
+        there, gradient = bucket.take_up(), bucket.gradient
         whole_on_tp = {axis for axis in ("tp",) if axis not in getattr(bucket.members[0], "partial", ())}
         for slot, (offset, member) in enumerate(zip(bucket.offsets, bucket.members, strict=True)):
-            if hasattr(member, "copy_of"):  # another stage counts it
+            if hasattr(member, "copy_of") or not there[slot]:  # another stage counts it, or nobody
                 continue
             cut_over = getattr(getattr(member, "shard", None), "axis", None)
             if not all(first_of(axis) for axis in whole_on_tp - {cut_over}):
@@ -131,3 +131,5 @@ def scale(buckets: Sequence[Bucket], norm: float, max_norm: float) -> None:
         for bucket in buckets:
             assert bucket.gradient is not None
             bucket.gradient.mul_(factor)
+            if bucket.stage == 0 and bucket.data is not None and bucket.dtype != bucket.master_dtype:
+                bucket.data.copy_(bucket.gradient)

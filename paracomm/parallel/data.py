@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from paracomm.comm import Communicator as OurCommunicator
 from paracomm.errors import InvalidArgument, Mismatch
 from paracomm.hooks import HookState
+from paracomm.parallel.average import Average
 from paracomm.parallel.bucket import COMMUNICATOR, MIB, Hook, Reducer, all_reduce_hook
 from paracomm.parallel.clip import global_norm, scale
+from paracomm.parallel.gate import Gate, distinct, overlaps
 from paracomm.parallel.mesh import Mesh
 from paracomm.parallel.optimizer import Groups, Shards
 from paracomm.parallel.reduction import GradientCommunicator
+from paracomm.parallel.shard import shard_of
 from paracomm.parallel.weights import Weights, gather_now
 from paracomm.parallel.zero import Units, find_units, unit_of_parameters
 
@@ -60,6 +63,8 @@ class DataParallel(nn.Module):
             must be where ranks have unequal shares.
         precision: "bfloat16": parameters and gradients are bfloat16, sums over ranks accumulate in float32, and
             optimizer() has float32 weights. Floating-point arguments of forward() are cast.
+        broadcast_buffers: finish() gives every rank the buffers that rank 0 has, such as the running statistics of
+            BatchNorm, as torch's DistributedDataParallel does before the next forward.
         units: under ZeRO 3, names or patterns of the modules that are gathered and released as one; None: the children
             of every ModuleList.
 
@@ -81,12 +86,14 @@ class DataParallel(nn.Module):
         average: bool = True,
         precision: str | None = None,
         units: Sequence[str] | None = None,
+        broadcast_buffers: bool = True,
     ) -> None:
         super().__init__()
         self.module = module
         self.mesh = comm if isinstance(comm, Mesh) else None
         self.comm: Any = comm.group("dp", "cp") if isinstance(comm, Mesh) else comm
         self.zero = zero
+        self.broadcast_buffers = broadcast_buffers
         self._everyone: Any = comm.comm if isinstance(comm, Mesh) else comm
         self._expect(precision, units)
         self.precision = PRECISIONS[precision]
@@ -106,19 +113,27 @@ class DataParallel(nn.Module):
             precision=self.precision,
             comm_of=self._group,
             unit_of=unit_of.__getitem__,
+            spread=self._spread,
         )
         if isinstance(state, HookState):
             state.bind(module)
         self.weights = [Weights(bucket) for bucket in self.reducer.buckets]
         """The parameters that require a gradient, a flat tensor for each bucket."""
-        _broadcast([p for p in module.parameters() if not p.requires_grad], self.comm)
-        _broadcast(list(module.buffers()), self.comm)
+        _broadcast([(name, p) for name, p in module.named_parameters() if not p.requires_grad], self.comm)
+        _broadcast(list(module.named_buffers()), self.comm)
         self._units: Units | None = None
         if zero == 3:
             self._give_gathers_their_own_order()
             self._units = Units(module, names, self.weights, unit_of)
             self.reducer.on_arrived = self._units.gradients_arrived
+        self._gate = Gate(module, self.weights)
         self._keep_states_whole()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise InvalidArgument(
+            "copy.deepcopy: a DataParallel has communicators and hooks of its own; copy its .module where zero is "
+            "below 3, and keep an average of the weights (EMA) with parallel.average(decay), in every layout"
+        )
 
     def _expect(self, precision: str | None, units: Sequence[str] | None) -> None:
         if self.zero not in (0, 1, 2, 3):
@@ -137,6 +152,15 @@ class DataParallel(nn.Module):
         """Who reduces a parameter's gradient."""
         partial = getattr(parameter, "partial", ())
         return self.comm if self.mesh is None or not partial else self.mesh.group("dp", "cp", *partial)
+
+    def _spread(self, parameter: nn.Parameter) -> list[Any] | None:
+        """Who else holds parts of its gradient, beside those who reduce it; None in a pipeline."""
+        shard = shard_of(parameter)
+        if self.mesh is None:
+            return []
+        if self.mesh.size("pp") > 1:
+            return None
+        return [] if shard is None or self.mesh.size(shard.axis) == 1 else [self.mesh.group(shard.axis)]
 
     def _give_gathers_their_own_order(self) -> None:
         """Which comes first, a gather or a reduction beside it, may differ between ranks."""
@@ -168,6 +192,8 @@ class DataParallel(nn.Module):
     """What they ask as well: these buckets are final from the start."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():  # finish() sees it then
+            self._gate.before_forward()
         if self.precision is not None:
             args = tuple(self._cast(value) for value in args)
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
@@ -180,8 +206,22 @@ class DataParallel(nn.Module):
         """Waits for the reductions; errors of the communication are raised here.
 
         Under ZeRO 1 to 3 it ends an accumulation: the next backward begins anew.
+
+        Raises InvalidArgument, which names it, for a parameter that came, went, was frozen or unfrozen since the module
+        was wrapped.
         """
+        self._gate.before_reduction()
         self.reducer.finish()
+        if self._units is not None:
+            self._units.release_all()
+        if self.broadcast_buffers:
+            _broadcast(list(self.module.named_buffers()), self.comm)
+
+    def settle(self) -> None:
+        """Makes what was written to the module's parameters what the optimizer goes on from. finish(), step(), and all
+        that saves or loads do so."""
+        for weights in self.weights:
+            weights.take_up_values()
         if self._units is not None:
             self._units.release_all()
 
@@ -208,7 +248,12 @@ class DataParallel(nn.Module):
             self.reducer.enabled = before
 
     def optimizer(
-        self, kind: type[torch.optim.Optimizer], groups: Groups = None, **options: Any
+        self,
+        kind: type[torch.optim.Optimizer],
+        groups: Groups = None,
+        *,
+        elementwise: bool = False,
+        **options: Any,
     ) -> torch.optim.Optimizer:
         """A torch optimizer over what this rank owns; step() brings the parameters of all ranks up to date.
 
@@ -216,13 +261,19 @@ class DataParallel(nn.Module):
         layout. Options of `groups` go to the group's parameters.
 
         Args:
-            kind: of torch.optim, one that treats each element by itself.
+            kind: of torch.optim, one that treats each element by itself, or any that does with `elementwise`.
             groups: as torch takes them, or rule(name, parameter) -> options; None: one group.
 
         Raises InvalidArgument for another kind, and for groups that do not hold each parameter once.
         """
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        return Shards(kind, self.weights, groups, named, self.publish, options).optimizer
+        return Shards(
+            kind, self.weights, groups, named, self.publish, options, self.settle, self._everyone, elementwise
+        ).optimizer  # fmt: skip
+
+    def average(self, decay: float | None = 0.999) -> Average:
+        """An average of the weights (EMA; None: the mean, SWA) that is right in every layout; see Average."""
+        return Average(self.weights, self.settle, self.publish, decay)
 
     def publish(self) -> None:
         """The parameters become what the owners have made of them. Collective."""
@@ -245,9 +296,16 @@ class DataParallel(nn.Module):
     def _first_of(self, axis: str) -> bool:
         return self.mesh is None or self.mesh.index(axis) == 0
 
-    def gathered(self) -> AbstractContextManager[None]:
-        """Every parameter is whole inside, under ZeRO 3 as well. Collective."""
-        return nullcontext() if self._units is None else self._units.gathered()
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Every parameter is whole inside, under ZeRO 3 as well; what is written to it, on every rank alike, is what
+        training goes on from. Collective."""
+        try:
+            with nullcontext() if self._units is None else self._units.gathered():
+                yield
+        finally:
+            for weights in self.weights:
+                weights.take_up_values()
 
     def bytes_held(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Bytes of this rank's memory that parameters, gradients and the optimizer's state lie in at this moment.
@@ -272,20 +330,23 @@ class DataParallel(nn.Module):
 
     def _keep_states_whole(self) -> None:
         """state_dict() and load_state_dict() of the module see whole parameters, and the optimizer what was loaded."""
-        units = self._units
+        units, module = self._units, self.module
 
-        def before(*_: Any) -> None:
-            if units is not None:
+        def before(given: nn.Module, *_: Any) -> None:
+            if given is module and units is not None:
                 units.gather_all()
 
-        def copied(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-            if units is not None:
+        def copied(given: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+            if given is module and units is not None:
                 for name, value in state.items():
                     if isinstance(value, Tensor) and name.startswith(prefix):
                         state[name] = value.clone()
                 units.release_all()
 
-        def loaded(*_: Any) -> None:
+        def loaded(given: nn.Module, *_: Any) -> None:
+            if given is not module:  # a copy of it, which has the hooks too
+                return
+            self._gate.take_back()
             for weights in self.weights:
                 weights.store()
             if units is not None:
@@ -298,12 +359,20 @@ class DataParallel(nn.Module):
 
 
 @torch.no_grad()
-def _broadcast(tensors: Sequence[Tensor], comm: Any) -> None:
-    for tensor in tensors:
-        whole = tensor.detach().contiguous()
-        comm.broadcast(whole, root=0)
-        if whole.data_ptr() != tensor.data_ptr():
-            tensor.copy_(whole)
+def _broadcast(named: Sequence[tuple[str, Tensor]], comm: Any) -> None:
+    for name, tensor in named if comm.world_size > 1 else ():
+        own = distinct(tensor.detach()) if tensor.layout == torch.strided else None
+        if own is None or overlaps(own):
+            raise InvalidArgument(
+                f"DataParallel: '{name}' has elements that share memory, or is {tensor.layout}; expected a strided "
+                "tensor whose elements are its own, or that is expanded: make it contiguous()"
+            )
+        if own.numel() == 0:
+            continue
+        whole = own.resolve_conj().resolve_neg().contiguous()
+        comm.broadcast(whole.view(-1).view(torch.uint8), root=0)
+        if whole.data_ptr() != own.data_ptr():
+            own.copy_(whole)
 
 
 def _expect_same_parameters(module: nn.Module, comm: Communicator) -> None:

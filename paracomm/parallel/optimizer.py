@@ -15,20 +15,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from paracomm.errors import Error, InvalidArgument
+from paracomm.parallel.gradient import ReducedGradient, refused
+from paracomm.parallel.shard import shard_of
 from paracomm.parallel.weights import Weights
 
 Rule = Callable[[str, nn.Parameter], Mapping[str, Any]]
 """rule(name, parameter) -> the options of its group, as {"weight_decay": 0.1}."""
-Groups = Iterable[Mapping[str, Any]] | Rule | None
+Groups = Iterable[Mapping[str, Any]] | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Rule | None
 
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")
-NOT_BY_ELEMENT = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+BY_ELEMENT = frozenset(
+    getattr(torch.optim, name)
+    for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+)
 SCALARS = ("step", "mu_product", "eta", "mu")
 """States of torch's optimizers that are one number for a parameter, whatever its shape."""
 
@@ -42,6 +49,8 @@ class Run:
     where: slice
     """In `weights.master`."""
     parameter: nn.Parameter
+    members: list[int]
+    """Of the bucket, those too of which this rank owns nothing."""
 
     @property
     def gradient(self) -> Tensor | None:
@@ -54,16 +63,25 @@ class Shards:
 
     def __init__(self, kind: type[torch.optim.Optimizer], weights: Sequence[Weights], groups: Groups,
                  named: Sequence[tuple[str, nn.Parameter]], publish: Callable[[], None], options: dict[str, Any],
-                 ) -> None:  # fmt: skip
-        if kind.__name__ in NOT_BY_ELEMENT:
+                 settle: Callable[[], None], everyone: Any, elementwise: bool = False) -> None:  # fmt: skip
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
+            raise InvalidArgument(f"optimizer: the kind is {kind!r}, expected a subclass of torch.optim.Optimizer")
+        if kind not in BY_ELEMENT and not elementwise:
             raise InvalidArgument(
-                f"optimizer: {kind.__name__} looks at a parameter's shape, and a shard has none; take one that treats "
-                "every element by itself, such as AdamW"
+                f"optimizer: {kind.__name__} may look at a parameter's shape or norm, and is given flat parts of "
+                f"several parameters here. If it treats every element by itself, say optimizer({kind.__name__}, ..., "
+                f"elementwise=True); if not, make it by hand, {kind.__name__}(module.parameters()), with zero=0 and "
+                "without tensor parallelism, where parameters and gradients are whole"
             )
+        if any(not each.master.is_floating_point() and not each.master.is_complex() for each in weights):
+            raise InvalidArgument("optimizer: a parameter is of integers, expected floating-point numbers")
         if kind.__name__ in FUSED and not options.keys() & {"fused", "foreach", "differentiable"}:
             options = options | {"fused": all(each.master.is_floating_point() for each in weights)}
         self._weights = list(weights)
         self._publish = publish
+        self._settle = settle
+        self._everyone = everyone
+        self._not_finite: Tensor | None = None
         self._names: list[list[str]] = []
         self._group_of: dict[int, int] = {}
         described = self._sort(named, groups)
@@ -73,6 +91,8 @@ class Shards:
         self.optimizer: torch.optim.Optimizer = kind(described, **options)
         vars(self.optimizer)["shards"] = self
         self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        self.optimizer.add_param_group = self._add_param_group  # type: ignore[method-assign]
+        self._weights[-1].bucket.takers.append(self._offer)
         self.optimizer.register_step_pre_hook(self._before_step)
         self.optimizer.register_step_post_hook(self._after_step)
         self.optimizer.register_state_dict_post_hook(self._whole)
@@ -92,9 +112,14 @@ class Shards:
                 self._group_of[id(parameter)] = index
                 self._names[index].append(name)
             return described
-        for index, group in enumerate(groups):
+        listed = list(groups)
+        if not all(isinstance(group, Mapping) for group in listed):
+            listed = [{"params": listed}]
+        for index, group in enumerate(cast("list[Mapping[str, Any]]", listed)):
             described.append({key: value for key, value in group.items() if key != "params"})
-            members = [parameter for parameter in group["params"] if parameter.requires_grad]
+            members: list[Any] = [parameter for parameter in parameters_of(group, index) if parameter.requires_grad]
+            if len({id(parameter) for parameter in members}) < len(members):
+                raise InvalidArgument(f"optimizer: group {index} has a parameter twice")
             for parameter in members:
                 if id(parameter) not in names:
                     raise InvalidArgument(f"optimizer: group {index} has a parameter that is not the module's")
@@ -117,7 +142,8 @@ class Shards:
             lo, hi = max(start, bucket.owned.start), min(edges[slot + 1], bucket.owned.stop)
             if lo < hi:
                 where = slice(lo - bucket.owned.start, hi - bucket.owned.start)
-                runs.append(Run(weights, group, where, nn.Parameter(weights.master[where])))
+                members = [at for at, offset in enumerate(bucket.offsets) if start <= offset < edges[slot + 1]]
+                runs.append(Run(weights, group, where, nn.Parameter(weights.master[where]), members))
             start = edges[slot + 1]
         return runs
 
@@ -130,12 +156,56 @@ class Shards:
                     member.grad = None
                 elif member.grad is not None:
                     member.grad.zero_()
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for run in self._runs:
-            run.parameter.grad = run.gradient
-            if run.parameter.grad is None:
-                raise Error("optimizer.step() came before the first finish(): there are no reduced gradients yet")
+            run.parameter.grad = None
+
+    def _add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise InvalidArgument(
+            "optimizer.add_param_group: the parameters of a DataParallel are sorted into groups once, where its "
+            "optimizer is made: give all of them to optimizer(kind, groups); options of a group may be changed in "
+            "param_groups"
+        )
+
+    def _offer(self) -> None:
+        """After finish(): what GradScaler finds. step() takes the gradients themselves."""
+        self._not_finite = None
+        for run in self._runs:
+            run.parameter.grad = ReducedGradient(
+                run.parameter, f"{run.weights.bucket.names[run.members[0]]} and others", partial(_gradient, run), [],
+                whole=False, alone=False, unscale=self._unscale,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def _unscale(self, parts: list[Tensor], found_inf: Tensor, inverse: Tensor) -> None:
+        """Of GradScaler: all ranks step, or none does."""
+        if self._not_finite is None:
+            bad = not all(_gradient(run).isfinite().all() for run in self._runs)
+            self._not_finite = self._everyone.all_reduce(torch.tensor([float(bad)]), op="max")
+        torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inverse)
+        found_inf.fill_(float(self._not_finite))
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            result = (args[:1], {**kwargs, "closure": lambda: loss})
+        if any(weights.bucket.gradient is None for weights in self._weights):
+            raise Error("optimizer.step() came before the first finish(): there are no reduced gradients yet")
+        there = {id(weights): weights.bucket.take_up() for weights in self._weights}
+        self._settle()
+        for run in self._runs:
+            kept = [there[id(run.weights)][slot] for slot in run.members]
+            if any(kept) and not all(kept):
+                name = run.weights.bucket.names[run.members[kept.index(False)]]
+                raise InvalidArgument(
+                    f"optimizer.step(): the gradient of '{name}' was set to None after finish(), those of its group "
+                    "were not; leave all of a group out of a step, or give the parameter a group of its own"
+                )
+        for run in self._runs:
+            run.parameter.grad = run.gradient if there[id(run.weights)][run.members[0]] else None
+        return result
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for run in self._runs:
@@ -166,6 +236,7 @@ class Shards:
     @torch.no_grad()
     def _whole(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """What state_dict() gives instead of this rank's part. Collective."""
+        self._settle()
         found: dict[str, dict[str, Any]] = {}
         for weights in self._weights:
             bucket = weights.bucket
@@ -219,6 +290,7 @@ class Shards:
                 f"load_state_dict: the parameters of the {len(saved)} groups are not those of the {len(expected)} "
                 f"groups here{': ' if differs else ''}{', '.join(map(str, differs[:3]))}"
             )
+        self._settle()
         numbers: dict[int, dict[str, Any]] = {}
         order = [run for index in range(len(expected)) for run in self._runs if run.group == index]
         for number, run in enumerate(order):
@@ -268,6 +340,42 @@ def _said(key: str, value: Any) -> tuple[str | None, Any]:
 
 def _scalar(dtype: str | None, value: Any) -> Any:
     return value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
+
+
+def _gradient(run: Run) -> Tensor:
+    return cast("Tensor", run.gradient)
+
+
+def parameters_of(group: Mapping[str, Any], index: int) -> list[Tensor]:
+    """Those of a group as torch takes them: a tensor, or tensors, or (name, tensor) pairs."""
+    if "params" not in group:
+        raise InvalidArgument(f"optimizer: group {index} has {sorted(group)}, expected 'params'")
+    given = group["params"]
+    listed = [given] if isinstance(given, Tensor) else list(given)
+    found = [each[1] if isinstance(each, tuple) else each for each in listed]
+    for each in found:
+        if not isinstance(each, Tensor):
+            raise InvalidArgument(f"optimizer: group {index} has a {type(each).__name__}, expected parameters")
+    return found
+
+
+def _expect_all(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Of optimizers made by hand."""
+    if shards_of(optimizer) is not None:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for gradient in (parameter.grad for parameter in parameters):
+        if isinstance(gradient, ReducedGradient) and not gradient.whole:
+            raise refused(gradient, f"{type(optimizer).__name__}.step()")
+    if type(optimizer) not in BY_ELEMENT and any(shard_of(parameter) is not None for parameter in parameters):
+        raise InvalidArgument(
+            f"{type(optimizer).__name__}.step(): a parameter is a shard of a tensor-parallel model, and the optimizer "
+            "may look at its shape or norm; where it treats every element by itself, make it with "
+            "parallel.optimizer(kind, ..., elementwise=True)"
+        )
+
+
+register_optimizer_step_pre_hook(_expect_all)
 
 
 def shards_of(optimizer: torch.optim.Optimizer) -> Shards | None:

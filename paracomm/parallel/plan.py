@@ -35,11 +35,12 @@ from paracomm.parallel.context import ContextAttention
 from paracomm.parallel.loss import Head
 from paracomm.parallel.mesh import Mesh
 from paracomm.parallel.multihead import MultiheadAttention
-from paracomm.parallel.shard import Shard, extent, extents, mark, partial_of, shard_of
+from paracomm.parallel.shard import Shard, extent, extents, keep_marks, mark, partial_of, shard_of
 from paracomm.parallel.tensor import (
     ColumnLinear,
     Region,
     RowLinear,
+    SameInput,
     VocabularyEmbedding,
     VocabularyHead,
     join,
@@ -52,7 +53,7 @@ class Shards:
     """What is cut so far, so that a tied parameter is one shard used twice, and who shares an input."""
 
     made: dict[int, tuple[Tensor, nn.Parameter]] = field(default_factory=dict)
-    shared: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+    shared: dict[tuple[str, str], SameInput] = field(default_factory=dict)
 
     def cut(self, parameter: Tensor, shard: Shard, name: str) -> nn.Parameter:
         """This rank's part of `parameter`; raises InvalidArgument if it was cut in another way before."""
@@ -140,7 +141,7 @@ class Column(Style):
         bias = None if module.bias is None else site.cut(module.bias, 0, pieces)
         parent = site.name.rpartition(".")[0]
         key = (parent, self.share) if self.share else (site.name, "")
-        return ColumnLinear(site.region, weight, bias, site.shards.shared.setdefault(key, []))
+        return ColumnLinear(site.region, weight, bias, site.shards.shared.setdefault(key, SameInput()))
 
 
 @dataclass(frozen=True)
@@ -333,6 +334,7 @@ def parallelize(
         rng.name_streams(model)
     if mesh.size("cp") > 1:
         _replace_cores(model, mesh, context)
+    keep_marks(model)
     return model
 
 

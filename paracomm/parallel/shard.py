@@ -8,6 +8,7 @@ A parameter with neither is whole and has the same gradient on every rank of a t
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paracomm.errors import InvalidArgument
 
@@ -76,6 +77,27 @@ def mark(parameter: Any, shard: Shard | None = None, partial: Sequence[str] = ()
         parameter.shard = shard
     if partial:
         parameter.partial = tuple(partial)
+
+
+class Marks:
+    """Takes the marks of a module's parameters along where it is copied: torch copies a parameter without them."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Marks:
+        copies = [copy.deepcopy(parameter, memo) for parameter in self.parameters]
+        for parameter, copied in zip(self.parameters, copies, strict=True):
+            mark(copied, shard_of(parameter), partial_of(parameter))
+        return Marks(copies)
+
+
+def keep_marks(model: nn.Module) -> None:
+    """Lets copy.deepcopy(model) mark its parameters as those of `model` are."""
+    for owner in model.modules():
+        marked = [p for p in owner._parameters.values() if p is not None and (shard_of(p) or partial_of(p))]
+        if marked:
+            vars(owner)["marks"] = Marks(marked)
 
 
 @torch.no_grad()

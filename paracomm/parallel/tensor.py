@@ -12,6 +12,7 @@ what is sent then. Shapes: B batch, T positions, t = T / ranks, D width, V vocab
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -198,16 +199,26 @@ def columns(region: Region, x: Tensor, *parameters: Tensor | None) -> tuple[Tens
     return tuple(shaped(product, x.shape, region.sequence) for product in products)
 
 
+class SameInput(list["weakref.ref[ColumnLinear]"]):
+    """The layers that have one input. Copies of the layers have copies of each other here."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SameInput:
+        found = memo[id(self)] = SameInput()
+        for layer in (layer for ref in self if (layer := ref()) is not None):
+            found.append(weakref.ref(copy.deepcopy(layer, memo)))
+        return found
+
+
 class ColumnLinear(nn.Module):
     """x [..., D] -> this rank's features [..., O_r] of an nn.Linear.
 
-    Layers that share a `shared` list have the same input: the first of them that sees it computes all their outputs, so
+    Layers that share a `shared` have the same input: the first of them that sees it computes all their outputs, so
     that x is gathered once, and its gradient summed once.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, region: Region, weight: nn.Parameter, bias: nn.Parameter | None, shared: list[Any]) -> None:
+    def __init__(self, region: Region, weight: nn.Parameter, bias: nn.Parameter | None, shared: SameInput) -> None:
         super().__init__()
         self.region = region
         self.weight = weight

@@ -131,6 +131,12 @@ class Units:
         module.register_forward_pre_hook(self._before_all)
         module.register_forward_hook(self._after_all, always_call=True)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise InvalidArgument(
+            "copy.deepcopy: a module under ZeRO 3 holds none of its parameters, and neither would a copy. For an "
+            "average of the weights (EMA, SWA) call parallel.average(decay); for their values, module.state_dict()"
+        )
+
     # --- one unit ---
     def _start(self, unit: Unit) -> None:
         if unit.started:

@@ -122,6 +122,8 @@ def entries_of(path: Where, pieces: Sequence[Piece]) -> list[Entry]:
 def weights_of(part: Part, saving: bool) -> list[Entry]:
     """Parameters and buffers, those that a state_dict has."""
     found: list[Entry] = []
+    if part.spread is not None:
+        part.spread.settle()
     for weights, slot, source, target in part.bucketed(saving):
         member = weights.bucket.members[slot]
         pieces = of_range(weights.master[target], source.start, member.shape, shard_of(member))

@@ -284,7 +284,7 @@ def refusals(rank: Rank):
         DataParallel(GPT(CONFIG), comm, zero=3, units=["block"])
     with pytest.raises(InvalidArgument, match=r"unit 'blocks.0.mlp.up' lies inside of unit 'blocks.0'"):
         DataParallel(GPT(CONFIG), comm, zero=3, units=["blocks.0", "blocks.0.mlp.up"])
-    with pytest.raises(InvalidArgument, match="Adafactor looks at a parameter's shape"):
+    with pytest.raises(InvalidArgument, match="Adafactor may look at a parameter's shape"):
         DataParallel(GPT(CONFIG), comm, zero=1).optimizer(torch.optim.Adafactor)
     with pytest.raises(InvalidArgument, match=r"no group has 'token\.weight'"):
         parallel.optimizer(torch.optim.AdamW, [{"params": list(parallel.module.blocks.parameters())}])

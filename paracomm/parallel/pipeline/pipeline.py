@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from paracomm.comm import Communicator
 from paracomm.errors import InvalidArgument
 from paracomm.parallel import rng
+from paracomm.parallel.average import Average
 from paracomm.parallel.bucket import COMMUNICATOR, MIB, Bucket, Hook, all_reduce_hook
 from paracomm.parallel.clip import global_norm, scale
 from paracomm.parallel.data import DataParallel
 from paracomm.parallel.mesh import Mesh
-from paracomm.parallel.optimizer import Groups, Shards
+from paracomm.parallel.optimizer import Groups, Shards, parameters_of
 from paracomm.parallel.pipeline.layer import expect_cut, layers_of
 from paracomm.parallel.pipeline.runner import Step
 from paracomm.parallel.pipeline.stage import make_stages
@@ -210,7 +211,12 @@ class Pipeline(nn.Module):
         return found
 
     def optimizer(
-        self, kind: type[torch.optim.Optimizer], groups: Groups = None, **options: Any
+        self,
+        kind: type[torch.optim.Optimizer],
+        groups: Groups = None,
+        *,
+        elementwise: bool = False,
+        **options: Any,
     ) -> torch.optim.Optimizer:
         """As DataParallel.optimizer(), over what this rank owns of its stages.
 
@@ -221,8 +227,22 @@ class Pipeline(nn.Module):
         mine |= {
             id(parameter): [parameter] for _, parameter in self.named_stage_parameters() if id(parameter) not in mine
         }
-        weights: list[Weights] = [each for part in self._part.values() for each in part.weights]
-        return Shards(kind, weights, _groups_here(groups, mine), named, self._publish, options).optimizer
+        return Shards(
+            kind, self._weights, _groups_here(groups, mine), named, self._publish, options, self._settle,
+            self.mesh.comm, elementwise,
+        ).optimizer  # fmt: skip
+
+    def average(self, decay: float | None = 0.999) -> Average:
+        """As DataParallel.average(), over the stages of this rank."""
+        return Average(self._weights, self._settle, self._publish, decay)
+
+    @property
+    def _weights(self) -> list[Weights]:
+        return [each for part in self._part.values() for each in part.weights]
+
+    def _settle(self) -> None:
+        for part in self._part.values():
+            part.settle()
 
     def _publish(self) -> None:
         for part in self._part.values():
@@ -330,10 +350,13 @@ def _groups_here(groups: Groups, originals: Mapping[int, Sequence[nn.Parameter]]
     """
     if groups is None or callable(groups):
         return groups
+    listed: list[Any] = list(groups)
+    if listed and not isinstance(listed[0], Mapping):  # parameters, as torch takes them too: one group
+        listed = [{"params": listed}]
     found: list[Mapping[str, Any]] = []
-    for index, group in enumerate(groups):
+    for index, group in enumerate(listed):
         mine: list[nn.Parameter] = []
-        for parameter in group["params"]:
+        for parameter in parameters_of(group, index):
             if id(parameter) not in originals:
                 raise InvalidArgument(
                     f"pipeline: group {index} of the optimizer has a parameter {list(parameter.shape)} that the model "
