@@ -271,7 +271,7 @@ class Trained:
         else:
             alone = paracomm.connect(0, 1, exchange=lambda blob: [blob], transport="local")
             self.model = DataParallel(self.model, alone, zero=zero)
-            self.optimizer = self.model.optimizer(make, **options)
+            self.optimizer = self.model.optimizer(make, elementwise=make is Counting, **options)
 
     def step(self) -> dict[str, torch.Tensor]:
         self.optimizer.zero_grad()

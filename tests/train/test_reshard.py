@@ -390,7 +390,7 @@ class Stages:
     """The face of a pipeline: rank r holds stages r and 3 - r, as ZBV has them; the head is tied to the embedding."""
 
     def __init__(self, comm: Any, seed: int) -> None:
-        self.parts = []
+        self.parts, self.comm = [], comm
         for stage in (comm.rank, 3 - comm.rank):
             torch.manual_seed(seed + stage)
             root = nn.Module()
@@ -409,7 +409,8 @@ class Stages:
         named = [pair for part in self.parts for pair in part.module.named_parameters()]
         rule = lambda name, p: {"weight_decay": 0.1 * (p.dim() > 1)}  # noqa: E731
         publish = lambda: [part.publish() for part in self.parts]  # noqa: E731
-        return Shards(torch.optim.AdamW, weights, rule, named, publish, {"lr": 0.1}).optimizer
+        settle = lambda: [part.settle() for part in self.parts]  # noqa: E731
+        return Shards(torch.optim.AdamW, weights, rule, named, publish, {"lr": 0.1}, settle, self.comm).optimizer
 
 
 class OneStage(nn.Module):
