@@ -4,18 +4,16 @@ nothing is imported here before the first process group is made."""
 
 from __future__ import annotations
 
-import atexit
-import sys
 from typing import Any
 
+from paracomm import background
+
 NAME = "paracomm"
-closes_at_exit = False
-"""Communicators are closed at exit by `_close`."""
 
 
 def register() -> None:
     """Registers the backend, unless torch has no distributed package or knows the name already."""
-    close_at_exit()
+    background.close_at_exit()
     try:
         import torch.distributed as dist
 
@@ -25,21 +23,6 @@ def register() -> None:
         import warnings
 
         warnings.warn(f"the torch.distributed backend {NAME!r} is not available: {error}", RuntimeWarning)
-
-
-def close_at_exit() -> None:
-    """Registers, once, the exit handler that closes communicators. Handlers run in the reverse order: those that a
-    program registers after it imported torch (or paracomm) run before, and can still communicate."""
-    global closes_at_exit
-    if not closes_at_exit:
-        closes_at_exit = True
-        atexit.register(_close)
-
-
-def _close() -> None:
-    communicators = sys.modules.get("paracomm.comm.communicator")
-    if communicators is not None:
-        communicators.close_all()
 
 
 def _create(options: Any, settings: Any) -> Any:

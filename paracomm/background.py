@@ -7,6 +7,8 @@ stack. Frames of C++ that may not throw, as torch's that complete a future or re
 
 from __future__ import annotations
 
+import atexit
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,3 +37,21 @@ def wait_until_idle() -> None:
     """Returns when no thread is busy, or after LIMIT_S. For the last of the interpreter's exit handlers."""
     with _changed:
         _changed.wait_for(lambda: _busy == 0, LIMIT_S)
+
+
+_closes_at_exit = False
+
+
+def close_at_exit() -> None:
+    """Registers, once, the exit handler that closes communicators. Handlers run in the reverse order: those that a
+    program registers after it imported torch (or paracomm) run before, and can still communicate."""
+    global _closes_at_exit
+    if not _closes_at_exit:
+        _closes_at_exit = True
+        atexit.register(_close)
+
+
+def _close() -> None:
+    communicators = sys.modules.get("paracomm.comm.communicator")
+    if communicators is not None:
+        communicators.close_all()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from paracomm import _C, _auto, background
+from paracomm import _C, background
 from paracomm.comm import device, programs, spans
 from paracomm.comm.agreement import read_for_all
 from paracomm.comm.arguments import (
@@ -67,7 +67,7 @@ def close_all() -> None:
     background.wait_until_idle()
 
 
-_auto.close_at_exit()
+background.close_at_exit()
 
 
 class Communicator:
