@@ -74,8 +74,9 @@ class Communicator:
     """A group of ranks. All ranks call the same collectives in the same order.
 
     Arrays are torch tensors on the CPU or on GPUs, NumPy and CuPy arrays, or objects with `__dlpack__` or
-    `__cuda_array_interface__`, of float64/32/16, bfloat16, int8/16/32/64, uint8 or bool; `paracomm.comm.device` says
-    how those on GPUs travel. Operations on GPUs come after what the current stream holds, and it goes on after them,
+    `__cuda_array_interface__`, of float64/32/16, bfloat16, int8/16/32/64, uint8/16/32/64 or bool. Complex numbers are
+    moved and summed, torch's 8-bit floats moved. Arrays may be strided, conjugated or negated; inputs may share memory
+    with outputs. `paracomm.comm.device` says how those on GPUs travel. Operations on GPUs come after what the current stream holds, and it goes on after them,
     while the host does not wait. Reductions: sum, prod, min, max, avg, band, bor, bxor; 16-bit floats accumulate in
     float32. Each method takes `async_op=True` for a `Work` instead of the result, `algorithm=` for a schedule by name
     or a `Schedule`, and `timeout_s=` for another timeout than the communicator's.

@@ -11,7 +11,11 @@ from paracomm.timeline import record
 
 
 class Work:
-    """An operation under way. Its arrays must stay as they are until `wait()` returned or `done()` is true."""
+    """An operation under way. Its arrays must stay as they are until `wait()` returned or `done()` is true.
+
+    The Work holds their memory, also when an array is dropped or set to another one. What it cannot hold is the memory
+    inside a torch storage that is resized meanwhile (`x.untyped_storage().resize_(0)`): no backend can.
+    """
 
     joins = False
     """True: `wait()` only lets the current stream wait."""
