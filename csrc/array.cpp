@@ -182,12 +182,18 @@ Extent extent_of(const ArrayView& view) {
   return extent;
 }
 
-/// The last tensor that was looked into: its memory is asked for once, as long as nothing of it has changed.
-thread_local struct {
-  PyObject* tensor = nullptr;
+/// The tensor that was looked into last. Its memory need not be looked into again while it lives, shows the same
+/// memory, and its storage lives and has the same size. Weak references: addresses of objects that died come again.
+struct Seen {
+  py::object tensor, storage;
   const void* data = nullptr;
   size_t count = 0;
-} seen;
+  Py_ssize_t nbytes = 0;
+};
+Seen& last_seen() {
+  static thread_local auto* const seen = new Seen;  // a thread may end without the interpreter's lock
+  return *seen;
+}
 
 py::object call(PyObject* object, PyObject* name) {
   PyObject* const result = PyObject_CallMethodNoArgs(object, name);
@@ -195,11 +201,27 @@ py::object call(PyObject* object, PyObject* name) {
   return py::reinterpret_steal<py::object>(result);
 }
 
+/// What a weak reference refers to, None if that is gone.
+py::object referent(const py::object& reference) {
+  if (!reference) return py::none();
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* found = nullptr;
+  if (PyWeakref_GetRef(reference.ptr(), &found) < 0) throw py::error_already_set();
+  return found == nullptr ? py::object(py::none()) : py::reinterpret_steal<py::object>(found);
+#else
+  return py::reinterpret_borrow<py::object>(PyWeakref_GetObject(reference.ptr()));
+#endif
+}
+bool refers(const py::object& reference, PyObject* object) { return referent(reference).ptr() == object; }
+
 /// Refuses a tensor whose storage does not hold it, and looks whether torch shows what lies there.
 void look_into(PyObject* tensor, const Torch& torch, ArrayView& view) {
   if (view.count == 0) return;
-  if (seen.tensor == tensor && seen.data == view.data && seen.count == view.count && view.contiguous) return;
-  seen.tensor = nullptr;
+  Seen& seen = last_seen();
+  if (seen.data == view.data && seen.count == view.count && view.contiguous && refers(seen.tensor, tensor)) {
+    const py::object storage = referent(seen.storage);
+    if (!storage.is_none() && PyObject_Size(storage.ptr()) == seen.nbytes) return;
+  }
   if (view.data == nullptr) refuse("the tensor has no memory: its storage was freed, or it never had one");
   const py::object storage = call(tensor, torch.untyped_storage);
   const auto* const base = static_cast<const std::byte*>(PyLong_AsVoidPtr(call(storage.ptr(), torch.data_ptr).ptr()));
@@ -211,7 +233,8 @@ void look_into(PyObject* tensor, const Torch& torch, ArrayView& view) {
            std::to_string(offset + extent.end) + " of its storage, which has " + std::to_string(nbytes) +
            ": the storage was resized");
   view.lazy = call(tensor, torch.is_neg).ptr() == Py_True;
-  if (!view.lazy && view.contiguous) seen = {tensor, view.data, view.count};
+  if (!view.lazy && view.contiguous)
+    seen = {py::weakref(tensor), py::weakref(storage), view.data, view.count, nbytes};
 }
 
 /// Refuses subclasses that answer for their memory themselves: what lies there is not what they show.

@@ -36,6 +36,7 @@ from paracomm.backend.work import (
 )  # fmt: skip
 from paracomm.comm import Communicator, device
 from paracomm.comm.arguments import block_rows, rank_of
+from paracomm.comm.arrays import known, native, view, writable_view
 from paracomm.comm.compiled import untraced
 from paracomm.errors import InvalidArgument
 from paracomm.timeline import record
@@ -271,7 +272,8 @@ class ProcessGroup(dist.ProcessGroup):
         _need(len(outputs) == len(inputs), what, f"{len(outputs)} outputs for {len(inputs)} inputs")
         calls = []
         for sources, outs in alike(what, inputs, outputs):
-            calls.append(partial(self.comm.all_gather, sources.one(), out=outs.by_rank(what, self.comm.world_size)))
+            target = outs.by_rank(what, self.comm.world_size, written=True)
+            calls.append(partial(self.comm.all_gather, sources.one(), out=target))
         return self._run(opts, list(outputs), calls)
 
     @named("reduce_scatter", inputs=1)
@@ -308,12 +310,15 @@ class ProcessGroup(dist.ProcessGroup):
         input_splits: Sequence[int] | None = None, opts: Any = None,
     ) -> Any:  # fmt: skip
         what = "all_to_all_single"
+        view(known(native(input)))
+        writable_view(what, native(output))
         for tensor in (input, output):
             # torch has made a pair of numbers of it, whose halves would go to different ranks.
             base = tensor._base
             _need(base is None or not base.is_complex() or tensor.shape != (2,) or tensor.stride() != (1,), what,
                   "a complex tensor without dimensions cannot be split")  # fmt: skip
-        if not output_splits and not input_splits:
+        output_splits, input_splits = _splits(output_splits), _splits(input_splits)
+        if output_splits is None and input_splits is None:
             _need(input.dim() > 0 and len(input) % self.comm.world_size == 0, what,
                   f"dimension 0 of {tuple(input.shape)} does not divide by {self.comm.world_size}")  # fmt: skip
             return self._run(opts, [output], [partial(self.comm.all_to_all, input, out=output)])
@@ -324,7 +329,9 @@ class ProcessGroup(dist.ProcessGroup):
         """Every rank's block of a tensor that is split along dimension 0."""
         _need(tensor.dim() > 0, "all_to_all_single", f"the {what} has no dimension to split")
         n, rows = self.comm.world_size, len(tensor)
-        splits = block_rows(f"all_to_all_single: {what}_split_sizes", splits, n) if splits else [rows // n] * n
+        splits = (
+            block_rows(f"all_to_all_single: {what}_split_sizes", splits, n) if splits is not None else [rows // n] * n
+        )
         _need(sum(splits) == rows, "all_to_all_single",
               f"{what} splits {splits} do not fit dimension 0 of {tuple(tensor.shape)} and {n} ranks")  # fmt: skip
         return list(tensor.detach().split(splits))
@@ -471,6 +478,14 @@ def _ranks(ranks: Any, world_size: int) -> list[int]:
         raise InvalidArgument(f"split_group: ranks must be a list of ranks, got {ranks!r}") from None
     _need(len(found) == len(set(found)) > 0, "split_group", f"ranks {found} are none, or one comes twice")
     return found
+
+
+def _splits(given: Any) -> Any:
+    """None for none: torch gives an empty list."""
+    try:
+        return None if given is None or len(given) == 0 else given
+    except TypeError:
+        return given  # no list: refused where it is used
 
 
 def _over(**_: Any) -> Past:

@@ -20,15 +20,17 @@ class Several(arrays.Several):
         """The tensor itself, if it is one alone."""
         return self.arrays[0] if len(self.arrays) == 1 else self
 
-    def by_rank(self, what: str, world_size: int) -> Several:
+    def by_rank(self, what: str, world_size: int, written: bool = False) -> Several:
         """Each tensor cut into world_size blocks along dimension 0, in the order in which ranks' blocks lie in an
-        operation: block 0 of every tensor, then block 1.
+        operation: block 0 of every tensor, then block 1. `written`: by that operation.
 
         Raises:
-            InvalidArgument: a tensor does not divide so.
+            InvalidArgument: a tensor does not divide so, or cannot be written.
         """
         cut = []
         for tensor in self.arrays:
+            if written:
+                arrays.writable_view(what, tensor)  # blocks are distinct where the tensor is not
             whole = tensor if tensor.dim() and len(tensor) % world_size == 0 else _flat(what, tensor)
             if len(whole) % world_size:
                 raise InvalidArgument(f"{what}: a tensor of shape {tuple(tensor.shape)} is not {world_size} blocks")

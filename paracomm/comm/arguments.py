@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from paracomm import _C
-from paracomm.comm.arrays import DTYPE_NAMES, MOST_ELEMENTS, View, assign, empty_like, name_of, view
+from paracomm.comm.arrays import DTYPE_NAMES, MOST_ELEMENTS, View, assign, empty_like, integer, name_of, view
 from paracomm.errors import InvalidArgument
 
 LONGEST_S = 1e9
@@ -36,9 +36,10 @@ def whole(what: str, value: Any, least: int, most: int) -> int:
     Raises:
         InvalidArgument: `value` is anything else.
     """
-    if not _is_whole(value) or not least <= int(value) <= most:
+    number = integer(value)
+    if number is None or not least <= number <= most:
         raise InvalidArgument(f"{what} must be in {least}..{most}, a whole number, got {value!r}")
-    return int(value)
+    return number
 
 
 def text(what: str, value: Any) -> str:
@@ -91,24 +92,22 @@ def apart(source: Any, v: View, w: View, at: int | None = None) -> tuple[Any, Vi
 
 def rank_of(what: str, value: Any, world_size: int) -> int:
     """A rank. Raises InvalidArgument for anything but a whole number in range."""
-    if not _is_whole(value) or not 0 <= value < world_size:
+    number = integer(value)
+    if number is None or not 0 <= number < world_size:
         raise InvalidArgument(f"{what} must be in 0..{world_size - 1}, got {value!r}")
-    return int(value)
+    return number
 
 
 def block_rows(what: str, values: Any, world_size: int) -> list[int]:
     """The rows of every rank's block. Raises InvalidArgument for anything but a whole number, not negative, a rank."""
     try:
-        rows = list(values)
-    except TypeError:
-        rows = []
-    if len(rows) != world_size or not all(_is_whole(row) and 0 <= row < MOST_ELEMENTS for row in rows):
+        rows = [row for value in values if (row := integer(value)) is not None and 0 <= row < MOST_ELEMENTS]
+        fits = len(rows) == len(values) == world_size
+    except (TypeError, RuntimeError):  # no sequence; torch, of a tensor without dimensions or values
+        fits = False
+    if not fits:
         raise InvalidArgument(f"{what} must be {world_size} whole numbers, none negative, one a rank; got {values!r}")
-    return [int(row) for row in rows]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return rows
 
 
 def need_rows(what: str, shape: Sequence[int]) -> None:
@@ -117,16 +116,20 @@ def need_rows(what: str, shape: Sequence[int]) -> None:
         raise InvalidArgument(f"{what}: x needs at least one dimension")
 
 
-def need_same(what: str, v: View, w: View, expected: int, found: int | None = None) -> None:
-    """Raises InvalidArgument unless input and output have one dtype and device, and the output (or `found`) `expected`
-    elements."""
+def need_blocks(what: str, shape: Sequence[int], world_size: int) -> None:
+    """Raises InvalidArgument unless the elements of an array of this shape make world_size equal blocks."""
+    if (count := math.prod(shape)) % world_size:
+        raise InvalidArgument(f"{what}: {count} elements do not divide into {world_size} equal blocks")
+
+
+def need_same(what: str, v: View, w: View, expected: int) -> None:
+    """Raises InvalidArgument unless input and output have one dtype and device, and the output `expected` elements."""
     if v.dtype != w.dtype:
         raise InvalidArgument(f"{what}: input is {DTYPE_NAMES[v.dtype]}, output is {DTYPE_NAMES[w.dtype]}")
     if v.device != w.device:
         raise InvalidArgument(f"{what}: input is on {name_of(v.device)}, output is on {name_of(w.device)}")
-    found = w.count if found is None else found
-    if found != expected:
-        raise InvalidArgument(f"{what}: output has {found} elements, expected {expected}")
+    if w.count != expected:
+        raise InvalidArgument(f"{what}: output has {w.count} elements, expected {expected}")
 
 
 def block_shape(what: str, shape: Sequence[int], world_size: int) -> tuple[int, ...]:

@@ -7,10 +7,10 @@ dtype the core moves it, `view` where its elements are. What refuses an array do
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ def native(array: Any) -> Any:
     if found.device != HOST:
         return _native_on_gpu(array, found.device)
     if not hasattr(array, "__dlpack__"):
-        return np.asarray(array)
+        return np.asarray(memoryview(array))  # NumPy copies a scalar, and reads bytes as text
     torch = sys.modules.get("torch")
     return np.from_dlpack(array) if torch is None else torch.from_dlpack(array)
 
@@ -276,18 +276,24 @@ def unpack(packed: Any, arrays: Sequence[Any]) -> None:
         begin += count
 
 
-def _is_length(n: Any) -> bool:
-    return not isinstance(n, bool) and isinstance(n, Integral) and int(n) >= 0
+def integer(value: Any) -> int | None:
+    """Of whatever Python takes as an index (an array's element too), but a truth value. None: it is no such thing."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or _name(getattr(value, "dtype", "")) == "bool":
+        return None
+    try:
+        return operator.index(value)
+    except Exception:  # a float, or several; a tensor without values
+        return None
 
 
 def arena_array(shape: int | Sequence[int], dtype: Any, like: str | None) -> Any:
     """A zeroed array whose pages local peers have mapped."""
-    lengths: tuple[Any, ...] = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    if not all(_is_length(n) for n in lengths):
+    lengths = [integer(n) for n in (shape if isinstance(shape, Sequence) else (shape,))]
+    if isinstance(shape, (str, bytes)) or not all(n is not None and n >= 0 for n in lengths):
         raise InvalidArgument(f"shape must be whole numbers, none negative, got {shape!r}")
-    if math.prod(lengths) >= MOST_ELEMENTS:
+    shape = tuple(n for n in lengths if n is not None)
+    if math.prod(shape) >= MOST_ELEMENTS:
         raise InvalidArgument(f"an array of shape {shape!r} is larger than memory can be")
-    shape = tuple(int(n) for n in lengths)
     if like not in (None, "torch", "numpy"):
         raise InvalidArgument(f"like must be 'torch' or 'numpy', got {like!r}")
     torch = sys.modules.get("torch")

@@ -19,6 +19,7 @@ from paracomm.comm.arguments import (
     block_rows,
     block_shape,
     flag,
+    need_blocks,
     need_rows,
     need_same,
     op_code,
@@ -76,10 +77,11 @@ class Communicator:
     Arrays are torch tensors on the CPU or on GPUs, NumPy and CuPy arrays, or objects with `__dlpack__` or
     `__cuda_array_interface__`, of float64/32/16, bfloat16, int8/16/32/64, uint8/16/32/64 or bool. Complex numbers are
     moved and summed, torch's 8-bit floats moved. Arrays may be strided, conjugated or negated; inputs may share memory
-    with outputs. `paracomm.comm.device` says how those on GPUs travel. Operations on GPUs come after what the current stream holds, and it goes on after them,
-    while the host does not wait. Reductions: sum, prod, min, max, avg, band, bor, bxor; 16-bit floats accumulate in
-    float32. Each method takes `async_op=True` for a `Work` instead of the result, `algorithm=` for a schedule by name
-    or a `Schedule`, and `timeout_s=` for another timeout than the communicator's.
+    with outputs. `paracomm.comm.device` says how those on GPUs travel. Operations on GPUs come after what the current
+    stream holds, and it goes on after them, while the host does not wait. Reductions: sum, prod, min, max, avg, band,
+    bor, bxor; 16-bit floats accumulate in float32. Each method takes `async_op=True` for a `Work` instead of the
+    result, `algorithm=` for a schedule by name or a `Schedule`, and `timeout_s=` for another timeout than the
+    communicator's.
 
     Every method raises, on every surviving rank: PeerLost (a rank died or left), Timeout, Mismatch (ranks called
     different things); and at once, before anything is sent: InvalidArgument. After the first three the communicator
@@ -513,8 +515,7 @@ class Communicator:
         otherwise."""
         code = op_code(op)
         source, v = self._readable("reduce_scatter", x, op)
-        if v.count % self.world_size:
-            raise InvalidArgument(f"reduce_scatter: {v.count} elements are not {self.world_size} equal blocks")
+        need_blocks("reduce_scatter", _shape_of(x), self.world_size)
         if out is None:
             whole_x = native(x)
             out = empty_like(whole_x, block_shape("reduce_scatter", whole_x.shape, self.world_size))
@@ -554,8 +555,7 @@ class Communicator:
         """x is cut into world_size equal blocks along dimension 0 and block r goes to rank r; the result (shape of x,
         or `out`) holds what came from rank r in block r."""
         source, v = self._readable("all_to_all", x)
-        if v.count % self.world_size:
-            raise InvalidArgument(f"all_to_all: {v.count} elements do not divide into {self.world_size} equal blocks")
+        need_blocks("all_to_all", _shape_of(x), self.world_size)
         if out is None:
             whole_x = native(x)
             out = empty_like(whole_x, whole_x.shape)
@@ -643,12 +643,13 @@ class Communicator:
         source, address = None, 0
         if self.rank == root:
             source, v = self._readable("scatter", x)
-            need_same("scatter", v, w, w.count, v.count // self.world_size if v.count % self.world_size == 0 else -1)
+            need_blocks("scatter", _shape_of(x), self.world_size)
+            need_same("scatter", v, w, v.count // self.world_size)
             source, v = apart(source, v, w)
             address = v.address
         program = self._select("scatter", root, w, w.nbytes * self.world_size, algorithm)
         return self._run(program, address, w.address, w.count * self.world_size, w.dtype, _SUM, timeout_s, async_op,
-                         out, (source, target, x, out), finish)  # fmt: skip
+                         out, (source, target, out), finish)  # fmt: skip
 
     def barrier(
         self, *, async_op: bool = False, algorithm: str | Schedule | None = None, timeout_s: float | None = None

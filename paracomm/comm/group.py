@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,7 @@ def connect_since(began: float, rank: int, world_size: int, exchange: Exchange, 
         raise InvalidArgument(f"exchange must be a function of bytes, got {exchange!r}")
     world_size = whole("world_size", world_size, 1, _C.MOST_THREADS if local else MOST_RANKS)
     rank = whole("rank", rank, 0, world_size - 1)
+    exchange = _checked(exchange, rank, world_size)
     kept = (settings.transport, settings.interface, settings.master_address, settings.host_id,
             settings.connect_timeout_s, settings.tuning)  # fmt: skip
     if local:
@@ -127,14 +128,30 @@ def connect_since(began: float, rank: int, world_size: int, exchange: Exchange, 
     host_id = f"{settings.host_id}#{rank}#tcp" if settings.transport == "tcp" else settings.host_id
     listener = _C.Listener(interface=settings.interface, master_address=settings.master_address, host_id=host_id)
     blobs = exchange(listener.publish())
-    if len(blobs) != world_size:
-        raise InvalidArgument(f"exchange gave {len(blobs)} entries, expected one of each of {world_size} ranks")
+    if len(set(blobs)) != world_size:
+        raise InvalidArgument("exchange gave the same address for two ranks, expected every rank's own, in rank order")
     exchange(b"")  # as many rounds as with threads, so that a rank that stays out of a split can keep step
     left_s = began + settings.connect_timeout_s - time.monotonic()
     if left_s <= 0:
         raise Timeout(f"rank {rank}: addresses were exchanged after the {settings.connect_timeout_s:g} s of connect()")
     core = _C.connect(rank, listener, blobs, connect_timeout_s=left_s, timeout_s=settings.timeout_s, **settings.tuning)
     return Communicator(core, settings.table, kept)
+
+
+def _checked(exchange: Exchange, rank: int, world_size: int) -> Exchange:
+    """The same, and raises InvalidArgument for an answer that does not hold every rank's bytes."""
+
+    def checked(blob: bytes) -> list[bytes]:
+        answer = exchange(blob)
+        if not isinstance(answer, Sequence) or not all(isinstance(one, (bytes, bytearray)) for one in answer):
+            raise InvalidArgument(f"exchange must return a list of every rank's bytes, got {answer!r:.200}")
+        if len(answer) != world_size:
+            raise InvalidArgument(f"exchange gave {len(answer)} entries, expected one of each of {world_size} ranks")
+        if bytes(answer[rank]) != blob:
+            raise InvalidArgument(f"exchange gave other bytes as those of rank {rank} than it was called with there")
+        return [bytes(one) for one in answer]
+
+    return checked
 
 
 def _connect_threads(rank: int, world_size: int, exchange: Exchange, timeout_s: float, tuning: dict[str, int]) -> Any:

@@ -409,7 +409,8 @@ int Communicator::add_program(Program program) {
                                                  std::to_string(program.world_size) + " given to rank " +
                                                  std::to_string(rank_) + " of " + std::to_string(world_size_));
   check_ranges(program);
-  const std::lock_guard lock(programs_mutex_);
+  check_process();
+  const auto lock = queue_->lock();
   programs_.push_back(std::make_shared<const Program>(std::move(program)));
   return static_cast<int>(programs_.size()) - 1;
 }
@@ -437,17 +438,13 @@ const Plan& Communicator::plan(const Call& call, const Program& program, bool id
   return *plans_.get(call, program, idle);
 }
 
-std::shared_ptr<const Program> Communicator::check_program(const Call& call) const {
-  std::shared_ptr<const Program> program;
-  {
-    const std::lock_guard lock(programs_mutex_);
-    if (call.program >= 0 && call.program < static_cast<int>(programs_.size()))
-      program = programs_[static_cast<size_t>(call.program)];
-  }
+const std::shared_ptr<const Program>& Communicator::check_program(const Call& call) const {
+  const bool known = call.program >= 0 && call.program < static_cast<int>(programs_.size());
   if (interruption_.stop.load(std::memory_order_acquire))
-    throw_failure(program ? where(*program, sequence_ + 1) : "rank " + std::to_string(rank_));
-  if (!program) throw Error(ErrorKind::invalid_argument, "no program " + std::to_string(call.program));
-  return program;
+    throw_failure(known ? where(*programs_[static_cast<size_t>(call.program)], sequence_ + 1)
+                        : "rank " + std::to_string(rank_));
+  if (!known) throw Error(ErrorKind::invalid_argument, "no program " + std::to_string(call.program));
+  return programs_[static_cast<size_t>(call.program)];
 }
 
 Signature Communicator::sign(const Call& call, const Program& program, Processor processor) {
@@ -478,7 +475,7 @@ void Communicator::check_memory_of(const Call& call, const Plan& plan) const {
 }
 
 Job Communicator::prepare(const Call& call, bool idle) {
-  const std::shared_ptr<const Program> program = check_program(call);
+  const std::shared_ptr<const Program>& program = check_program(call);
   Job job;
   job.plan = &plan(call, *program, idle);
   check_memory_of(call, *job.plan);
@@ -602,7 +599,11 @@ std::shared_ptr<Work> Communicator::recv(void* data, size_t nbytes, DType dtype,
   return p2p_->post(static_cast<std::byte*>(data), nbytes, dtype, peer, tag, timeout_s, false, std::move(finish));
 }
 
-std::string Communicator::dump_plan(const Call& call) { return plan(call, *check_program(call), false).dump(); }
+std::string Communicator::dump_plan(const Call& call) {
+  check_process();
+  const auto lock = queue_->lock();
+  return plan(call, *check_program(call), false).dump();
+}
 
 uint64_t Communicator::bytes_sent(int peer) const {
   if (peer < 0 || peer >= world_size_ || which_[static_cast<size_t>(peer)] < 0) return 0;

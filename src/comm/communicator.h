@@ -159,7 +159,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// `idle`: no job is queued or running, so that plans may be dropped.
   const Plan& plan(const Call& call, const Program& program, bool idle);
   /// The program of a call. Throws if there is none, or if the communicator has failed.
-  std::shared_ptr<const Program> check_program(const Call& call) const;
+  const std::shared_ptr<const Program>& check_program(const Call& call) const;
   Signature sign(const Call& call, const Program& program, Processor processor);
   Job prepare(const Call& call, bool idle);
   /// Throws where there is none and the plan needs some.
@@ -198,8 +198,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   std::shared_ptr<DeviceExecutor> device_;
 
-  mutable std::mutex programs_mutex_;  ///< a thread may add one while another runs an operation
-  std::vector<std::shared_ptr<const Program>> programs_;
+  std::vector<std::shared_ptr<const Program>> programs_;  ///< guarded by the queue's lock, as the plans are
   std::map<std::pair<int, int>, std::vector<std::pair<size_t, int>>> choices_;
   const std::vector<std::pair<size_t, int>>* all_reduce_choice_ = nullptr;
   PlanCache plans_, device_plans_;

@@ -17,6 +17,8 @@ class CollectiveQueue final : public Runner, public std::enable_shared_from_this
   explicit CollectiveQueue(Communicator& comm) : comm_(comm) {}
   ~CollectiveQueue() override { stop(); }
 
+  /// What operations are prepared under. Not held while one runs.
+  std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
   /// In this thread, at once if nothing is queued.
   void run(const Call& call);
   /// `eager`: the progress thread runs it if nobody waits; else only after kick().

@@ -251,7 +251,7 @@ def _kept(tensor: Any) -> _Result:
 
 def _splits(out: Any, x: Any) -> tuple[list[int], list[int]]:
     """Rank 0 sends one row to itself and the rest to rank 1, which sends as many to rank 0 and one to itself."""
-    rows = len(x) if getattr(x, "shape", ()) else 0
+    rows = (shape_of(x) or (0,))[0]
     sizes = [1, rows - 1] if dist.get_rank() == 0 else [rows - 1, 1]
     return list(sizes), list(sizes)
 
@@ -295,11 +295,13 @@ def tensor_case(form: Form, role_of: str, kind: Kind, waits: bool) -> Case:
         expect = kind.reduced
     if expect == RIGHT and not _fits(form, kind, role_of):
         expect = EITHER
-    if form.name.startswith("functional") and "freed" in kind.name:
-        expect = EITHER  # torch copies the input first, and reads past the end of a storage that was cut
+    if form.name.startswith("functional") and ("freed" in kind.name or kind.name in ("torch meta", "torch functional")):
+        # torch copies the input first, and reads past the end of a storage that was cut. What has no values, and what
+        # stands for others, it answers itself.
+        expect = EITHER
     asymmetric = role_of in form.root_only or (form.name in ("reduce", "broadcast") and kind.read != kind.written)
     # torch's own checks are the root's, and a root alone has tensors of two kinds.
-    asymmetric |= form.name in ("gather", "scatter") and kind.name in ("torch FakeTensor", "torch float4")
+    asymmetric |= form.name in ("gather", "scatter") and kind.name in ("torch FakeTensor", "torch float4", "torch bits")
 
     def prepare(seat: Any) -> Prepared:
         made: dict[str, Made] = {}
@@ -376,6 +378,13 @@ def _fits(form: Form, kind: Kind, role_of: str) -> bool:
 LATER = {("isend and irecv", "out"), ("irecv and isend", "x")}
 
 
+def _has_no_end(form: Form, kind: Kind) -> bool:
+    """torch's own copy of a freed tensor dies, and a fake message, which is not sent, is waited for."""
+    if kind.name in ("torch freed", "torch freed strided"):
+        return form.name.startswith("functional")
+    return kind.name == "torch FakeTensor" and "isend" in form.name
+
+
 def tensors() -> Iterator[Case]:
     turn = 0
     for form in FORMS:
@@ -383,6 +392,8 @@ def tensors() -> Iterator[Case]:
             if role_of == "out2" or (form.name, role_of) in LATER:
                 continue
             for kind in kinds(True):
+                if _has_no_end(form, kind):
+                    continue
                 both = form.name in ("all_reduce", "broadcast") and kind.read != REFUSED
                 for waits in (False, True) if both else (turn % 2 == 1,):
                     yield tensor_case(form, role_of, kind, waits)
@@ -453,11 +464,15 @@ def lists() -> Iterator[Case]:
     for name, call in calls.items():
         asymmetric = name.startswith(("gather", "scatter"))
         for value_name, value in LISTS.items():
+            if name.startswith("functional") and "freed" in value_name:
+                continue
             loose = asymmetric or "coalesced" in name or value_name in ("two sizes", "[]", "()", "{}", "None")
             loose |= name.startswith("functional")
             strict = value_name in LISTS_REFUSED and not loose
             expect = REFUSED if strict and name != "gather(gather_list not of the root" else EITHER
-            yield _quiet(plain_case(f"dist {name}={value_name})", call, value, expect, asymmetric))
+            case = _quiet(plain_case(f"dist {name}={value_name})", call, value, expect, asymmetric))
+            # A good list for one rank, and the other one's own block does not fit.
+            yield dataclasses.replace(case, alone=case.alone or value_name == "two sizes")
 
 
 def _quiet(case: Case) -> Case:
@@ -792,13 +807,14 @@ def groups_and_objects() -> Iterator[Case]:
             EITHER,
             False,
         )
-        yield plain_case(
-            f"dist broadcast_object_list(list={name})",
-            lambda seat, o: _quietly(dist.broadcast_object_list(o, 0)),
-            value,
-            EITHER,
-            True,
-        )
+        if name != "large":  # 300,000 objects, which torch pickles one by one
+            yield plain_case(
+                f"dist broadcast_object_list(list={name})",
+                lambda seat, o: _quietly(dist.broadcast_object_list(o, 0)),
+                value,
+                EITHER,
+                True,
+            )
         yield plain_case(
             f"dist broadcast_object_list(of {name})",
             lambda seat, o: _quietly(dist.broadcast_object_list([o], 0)),

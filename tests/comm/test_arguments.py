@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import paracomm
 from paracomm import _C, InvalidArgument
-from paracomm.comm.arguments import LONGEST_S, seconds
+from paracomm.comm.arguments import LONGEST_S, block_rows, seconds
+from paracomm.comm.arrays import view
 from tests.comm.cases import run_over
 
 ROOT = Path(__file__).parents[2]
@@ -157,3 +159,69 @@ def test_what_the_binding_says(message: str) -> None:
     kind, call = CALLS[message]
     with pytest.raises(kind, match=message):
         call(_C.local_communicators(1, timeout_s=5.0)[0])
+
+
+# --- arrays ---
+def test_a_storage_that_shrank_under_a_tensor_that_was_seen() -> None:
+    """The new block has the old one's address, as a rule."""
+    for _ in range(50):
+        x = torch.ones(100_000)
+        view(x)
+        x.untyped_storage().resize_(0)
+        x.untyped_storage().resize_(200_000)
+        with pytest.raises(InvalidArgument, match="bytes 0 to 400000 of its storage, which has 200000"):
+            view(x)
+
+
+def test_a_negated_tensor_in_the_place_of_one_that_was_seen() -> None:
+    z = torch.full((1,), 1j)
+    for _ in range(50):
+        plain = z.imag
+        assert not view(plain).lazy
+        del plain  # the next one comes to lie there, as a rule
+        assert view(z.conj().imag).lazy
+
+
+def test_scalars_of_numpy_are_read_but_not_written() -> None:
+    comm = paracomm.connect(0, 1, lambda blob: [blob])
+    assert comm.all_gather(np.float32(3)).tolist() == [3.0]
+    for call in (lambda: comm.all_reduce(np.float32(3)), lambda: comm.all_reduce(np.ones(1, "f"), out=np.float32(3))):
+        with pytest.raises(InvalidArgument, match="read-only"):
+            call()
+    comm.close()
+
+
+@pytest.mark.parametrize(
+    ("exchange", "why"),
+    [
+        (lambda blob: None, "must return a list of every rank's bytes, got None"),
+        (lambda blob: ["x", "y"], "must return a list of every rank's bytes"),
+        (lambda blob: [blob], "gave 1 entries, expected one of each of 2 ranks"),
+        (lambda blob: [b"x", blob], "gave other bytes as those of rank 0"),
+        (lambda blob: [blob, blob], "gave the same address for two ranks"),
+    ],
+)
+def test_an_exchange_that_gives_something_else(exchange: Any, why: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^exchange {why}"):
+        paracomm.connect(0, 2, exchange)
+
+
+def test_rows_may_come_as_arrays() -> None:
+    for rows in (
+        [1, 2],
+        (1, 2),
+        np.array([1, 2]),
+        torch.tensor([1, 2], dtype=torch.int32),
+        [np.uint8(1), torch.tensor(2)],
+    ):
+        assert block_rows("rows", rows, 2) == [1, 2]
+    for rows in (
+        [1.0, 2],
+        [True, 2],
+        np.array([1.0, 2.0]),
+        torch.tensor([True, False]),
+        torch.ones(2),
+        torch.tensor(1),
+    ):
+        with pytest.raises(InvalidArgument, match=r"^rows must be 2 whole numbers"):
+            block_rows("rows", rows, 2)

@@ -18,7 +18,7 @@ from tests.comm import odd_backend, odd_communicator
 from tests.comm.odd_calls import BackendSeat, Case, Prepared, Report, Seat, one_by_one, run_cases
 
 Cases = Callable[[], Iterator[Case]]
-# Of how many cases one is run; `-m slow` runs all. Strides that have no divisor in common with the lists' lengths.
+# Of how many cases one is run (`-m exhaustive` runs all): strides without a common divisor with the lists' lengths.
 GROUPS: dict[str, tuple[type[Seat], Cases, int, int]] = {
     "arrays": (Seat, odd_communicator.collectives, 11, 600),
     "messages": (Seat, odd_communicator.messages, 3, 130),
@@ -53,7 +53,7 @@ def test_odd_calls(name: str, tmp_path: Path) -> None:
     assert not report.failures, str(report)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", GROUPS)
 def test_all_odd_calls(name: str, tmp_path: Path) -> None:
     report = run_group(name, 1, tmp_path)
