@@ -233,8 +233,7 @@ void look_into(PyObject* tensor, const Torch& torch, ArrayView& view) {
            std::to_string(offset + extent.end) + " of its storage, which has " + std::to_string(nbytes) +
            ": the storage was resized");
   view.lazy = call(tensor, torch.is_neg).ptr() == Py_True;
-  if (!view.lazy && view.contiguous)
-    seen = {py::weakref(tensor), py::weakref(storage), view.data, view.count, nbytes};
+  if (!view.lazy && view.contiguous) seen = {py::weakref(tensor), py::weakref(storage), view.data, view.count, nbytes};
 }
 
 /// Refuses subclasses that answer for their memory themselves: what lies there is not what they show.
