@@ -369,7 +369,7 @@ class ProcessGroup(dist.ProcessGroup):
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """Like barrier; rank 0 raises with the ranks that did not come in time. The group is of use afterwards."""
         self._monitored += 1
-        limit_s = seconds(timeout) or self.comm.timeout_s
+        limit_s = seconds(timeout) or (0.0 if timeout == _NO_TIME else self.comm.timeout_s)  # here 0 is a time
         monitored_barrier(self._store, self.comm, self._monitored, limit_s, wait_all_ranks)
 
     # --- from one, to one ---

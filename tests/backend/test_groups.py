@@ -173,6 +173,8 @@ def monitored(rank: Rank) -> None:
     if rank.rank == 0:
         with pytest.raises(RuntimeError, match=r"Ranks 1, 2 failed to pass monitoredBarrier in 200 ms \(host"):
             dist.monitored_barrier(timeout=timedelta(seconds=0.2), wait_all_ranks=True)
+        with pytest.raises(RuntimeError, match="Rank 0 timed out in monitoredBarrier"):
+            dist.distributed_c10d._get_default_group().monitored_barrier(timedelta(0))
     assert total() == 3  # the group is as it was
     dist.destroy_process_group()
 
